@@ -55,4 +55,4 @@ lock:
 	uv pip compile --universal --upgrade --python-version 3.11 --all-extras --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf "$(COURSE_VENV)"
+	@if [ -e "$(COURSE_VENV)/pyvenv.cfg" ]; then rm -rf "$(COURSE_VENV)"; else echo "$(COURSE_VENV) is no Python environment"; fi

@@ -8,6 +8,8 @@ import pytest
 
 root = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reads from a model hub
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):       # `make` inside a test is not part of `make test`
+    os.environ.pop(name, None)
 
 
 def pytest_collect_file(parent, file_path):

@@ -165,10 +165,11 @@ def test_export_gate_leaves_the_tree_alone(tree):
     assert before == {f: f.read_bytes() for f in tree.rglob("*") if f.is_file()}
 
 
-def test_listed_long_cell(tree, monkeypatch):
-    monkeypatch.setitem(gates.LONG_CELLS, "00_core: x = 1", "a table")
+@pytest.mark.parametrize("key, cell", [("x = 1", "x = 1\n" * 41), ("class A", "@dataclass\nclass A:\n" + "    x = 1\n" * 41)])
+def test_listed_long_cell(tree, monkeypatch, key, cell):
+    monkeypatch.setitem(gates.LONG_CELLS, f"00_core: {key}", "a reason")
     assert "Take it off the list" in list(gates.cells(tree))[0]
-    long_cell(tree)
+    write_nb(tree / "nbs/00_core.ipynb", [*CORE, cell])
     assert list(gates.cells(tree)) == []
 
 

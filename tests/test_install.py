@@ -93,6 +93,19 @@ def setup(clone, tmp_path):
     return run
 
 
+@pytest.fixture
+def fake_uv(tmp_path):
+    "A uv that makes the environment's folder, writes down what it is asked, and then does as `install` says."
+    def script(install):
+        python = tmp_path / "venv/bin/python"
+        return f"""echo "$*" >> {tmp_path}/uv.log
+            case "$1 $2" in
+                venv*) mkdir -p {python.parent}; ln -s {sys.executable} {python};;
+                "pip install") {install};;
+            esac"""
+    return script
+
+
 ALL = ("python3", "python", "python3_13", "python3_12", "python3_11")
 OLD = """case "$*" in *version_info*) echo 3.9;; *) exit 1;; esac"""
 REAL = f'exec "{sys.executable}" "$@"'
@@ -121,10 +134,10 @@ def test_no_room(setup):
     assert code == 1 and "Stopped: not enough room: 1000 MB are free" in said and "Free some space" in said
 
 
-def test_room_runs_out(setup, tmp_path):
+def test_room_runs_out(setup, fake_uv, tmp_path):
     "The disk fills up while pip or uv works: 9 GB free at first, 10 MB after the failure."
     df = f'n=9000; [ ! -e {tmp_path}/full ] || n=10; ' + DF.format('$((n * 1024))')
-    code, said = setup(python3=REAL, df=df, uv=f'[ "$1" = --version ] || {{ : > {tmp_path}/full; exit 2; }}')
+    code, said = setup(python3=REAL, df=df, uv=fake_uv(f": > {tmp_path}/full; exit 2"))
     assert code == 1 and "Stopped: the disk is full: 10 MB are left" in said
 
 
@@ -148,22 +161,42 @@ def test_no_network(setup, uv):
     assert code == 1 and "Stopped: the package index cannot be reached" in said and "Check the network" in said
 
 
-def test_other_failure(setup, tmp_path):
-    code, said = setup(python3=REAL, uv='[ "$1" = --version ] || { echo broken wheel >&2; exit 2; }', env={"PIP_INDEX_URL": f"file://{tmp_path}"})
+def test_other_failure(setup, fake_uv):
+    code, said = setup(python3=REAL, uv=fake_uv("echo broken wheel >&2; exit 2"))
     assert code == 1 and "broken wheel" in said and "Stopped: the installation failed; the lines above say why" in said
 
 
-def test_second_time_does_nothing(setup, tmp_path):
-    "The stamp is left after an installation and believed until settings.ini or the lock changes."
-    venv = f'mkdir -p {tmp_path}/venv/bin && ln -s {sys.executable} {tmp_path}/venv/bin/python'
-    uv = f'echo "$*" >> {tmp_path}/uv.log; case "$1" in venv) {venv};; esac'
-    code, said = setup("test", python3=REAL, uv=uv)
+def test_second_time_does_nothing(setup, fake_uv, tmp_path):
+    "The stamp that an installation leaves is believed; what the tests need includes what the lab needs."
+    code, said = setup("test", python3=REAL, uv=fake_uv("true"))
     assert code == 0 and "Installing into" in said and "Installed." in said
     log = (tmp_path / "uv.log").read_text()
     assert "-c requirements.lock -e .[test]" in log
-    for words in (["test"], []):                                     # what tests need includes what the lab needs
-        assert setup(*words, python3=REAL, uv=uv) == (0, "")
+    for words in (["test"], []):
+        assert setup(*words, python3=REAL, uv=fake_uv("true")) == (0, "")
     assert (tmp_path / "uv.log").read_text() == log
+
+
+def test_failed_installation_is_not_believed(setup, fake_uv):
+    setup(python3=REAL, uv=fake_uv("exit 2"))
+    code, said = setup(python3=REAL, uv=fake_uv("true"))
+    assert code == 0 and "Installed." in said
+
+
+def test_moved_folder(setup, fake_uv, tmp_path):
+    "An environment does not work from another place: it is made anew."
+    setup(python3=REAL, uv=fake_uv("true"))
+    (tmp_path / "venv/pyvenv.cfg").touch()
+    (tmp_path / "venv").rename(tmp_path / "moved")
+    code, said = setup(python3=REAL, uv=fake_uv("true").replace("/venv", "/moved"), env={"COURSE_VENV": str(tmp_path / "moved")})
+    assert code == 0 and "Installed." in said and not (tmp_path / "moved/pyvenv.cfg").exists()
+
+
+def test_folder_that_is_no_environment(setup, tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/thesis.txt").touch()
+    code, said = setup(python3=REAL)
+    assert code == 1 and "is no Python environment" in said and (tmp_path / "venv/thesis.txt").exists()
 
 
 def test_make_lists_its_targets(clone):

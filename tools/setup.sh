@@ -6,17 +6,25 @@
 set -eu
 cd "$(dirname "$0")/.."
 venv=${COURSE_VENV:-.venv} extra=${1:-}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 oldest=$(sed -n 's/^min_python *= *//p' settings.ini)
 
 say() { printf '%s\n' "$*"; }
 stop() { printf '\nStopped: %s\n\n' "$*" | fold -s -w 100 >&2; exit 1; }
 works() { "$@" >/dev/null 2>&1; }
 free_mb() { df -Pk . | awk 'NR == 2 {print int($4 / 1024)}'; }
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 
 # --- nothing to do? -------------------------------------------------------------------------------------------
-wanted=$(cat settings.ini setup.py pyproject.toml requirements.lock | cksum)
+wanted="$(cat settings.ini setup.py pyproject.toml requirements.lock | cksum) in $venv"
 stamp=$venv/.installed${extra:+-$extra}
-if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+have=$(version_of "$venv/bin/python")
+case $(cat "$venv/.installed" 2>/dev/null) in
+    '' | *" in $venv") ;;
+    *) have='' ;;                                  # the folder was moved, and the environment does not work from here
+esac
+if [ -n "${PYTHON:-}" ] && [ "$have" != "$(version_of "$PYTHON")" ]; then have=''; fi
+if [ -n "$have" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 # --- which machine --------------------------------------------------------------------------------------------
 if [ "$(uname)" = Darwin ]; then
@@ -28,7 +36,6 @@ if [ "$(uname)" = Darwin ]; then
 fi
 
 # --- which Python ---------------------------------------------------------------------------------------------
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 minor() { printf '%s' "${1#*.}"; }
 python='' seen=''
 if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python; fi
@@ -45,7 +52,7 @@ fi
 
 # --- room on the disk -----------------------------------------------------------------------------------------
 if [ "$(uname)" = Darwin ]; then need=3000; else need=8000; fi   # Linux builds of torch bring the CUDA libraries
-if [ ! -e "$venv/.torch" ] && [ "$(free_mb)" -lt "$need" ]; then
+if [ -z "$have" ] && [ "$(free_mb)" -lt "$need" ]; then
     stop "not enough room: $(free_mb) MB are free in $(pwd) and the installation needs about $need MB (torch is most of it). Free some space, or move this folder to a larger disk, and run the same command again."
 fi
 
@@ -53,18 +60,25 @@ fi
 if works uv --version; then uv=uv; else uv=''; fi
 say "Installing into $venv with $python ($(version_of "$python")) and ${uv:-pip}: about $need MB, one to five minutes on a fast line."
 
-failed() {   # say why: no room, no network, or what the installer said
+index_answers() {   # ask the same client, with the same settings, for something small
+    if [ -n "$uv" ]; then echo pip | works "$uv" pip compile --no-cache --python "$venv/bin/python" -
+    else works "$venv/bin/python" -m pip download --no-deps --no-cache-dir --retries 0 --dest "$venv/.probe" pip
+    fi
+}
+failed() {          # say why: no room, no network, or what the installer said
     if [ "$(free_mb)" -lt 500 ]; then
         stop "the disk is full: $(free_mb) MB are left in $(pwd). The installation needs about $need MB. Free some space and run the same command again."
     fi
-    if ! "$python" tools/reach_index.py; then
+    if [ -x "$venv/bin/python" ] && ! index_answers; then
         stop "the package index cannot be reached, so nothing can be downloaded. Check the network (and the proxy, if you are behind one) and run the same command again. Once installed, the course needs no network."
     fi
     stop "the installation failed; the lines above say why. Run the same command again when that is mended. To start from nothing: make clean"
 }
 
-have=$(version_of "$venv/bin/python")
-if [ -z "$have" ] || { [ -n "${PYTHON:-}" ] && [ "$have" != "$(version_of "$python")" ]; }; then
+if [ -z "$have" ]; then
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+        stop "$venv is there, but it is no Python environment, so nothing was installed into it. Move it away, or name another folder: COURSE_VENV=/path/to/folder make lab"
+    fi
     rm -rf "$venv"
     if [ -n "$uv" ]; then uv venv --quiet --python "$python" "$venv" || failed
     else
@@ -82,7 +96,6 @@ if [ -n "$uv" ]; then "$uv" pip install --python "$venv/bin/python" -c requireme
 else "$venv/bin/python" -m pip install --retries 1 --disable-pip-version-check -c requirements.lock -e "$what" || failed
 fi
 
-[ -z "$extra" ] || printf '%s' "$wanted" > "$venv/.installed"
+printf '%s' "$wanted" > "$venv/.installed"
 printf '%s' "$wanted" > "$stamp"
-: > "$venv/.torch"
 say "Installed. The next start is quick and needs no network."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clean_config', 'RunLog', 'smooth', 'curve_svg', 'status_line', 'log_html', 'read_log', 'plot_log']
 
-# %% ../nbs/10_runlog.ipynb #33b49759
+# %% ../nbs/10_runlog.ipynb #e911322a
 import json, math, re, sys
 from html import escape
 from pathlib import Path
@@ -13,7 +13,7 @@ from time import perf_counter
 from fastcore.basics import patch
 from .core import atomic_path, read_json, run_dir
 
-# %% ../nbs/10_runlog.ipynb #24a93b7e
+# %% ../nbs/10_runlog.ipynb #e2b116b0
 def _number(name, v):
     "`v` as a plain number for JSON; None stands for NaN and infinity."
     if hasattr(v,"item"): v = v.item()
@@ -23,10 +23,11 @@ def _number(name, v):
         "holds numbers only. Log a number, or put this into the run's config.") from None
     return v if math.isfinite(v) else None
 
-# %% ../nbs/10_runlog.ipynb #2650a758
+# %% ../nbs/10_runlog.ipynb #0efa5e2c
 _secret_name = re.compile(r"password|passwd|secret|credential|authorization|api_?key|access_?key|private_?key",re.I)
 _maybe_secret = re.compile(r"(^|_)(token|key|auth)$",re.I)      # `hub_token`, but also `eos_token`
-_secret_text = re.compile(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[\w-]{12,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+_secret_text = re.compile(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[\w-]{12,}"
+                          r"|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")     # or name:password@ in an address
 
 def _hide(text): return _secret_text.sub("***",text)
 
@@ -34,7 +35,7 @@ def _is_secret(name, v):
     return isinstance(v,str) and v!="" and bool(_secret_name.search(name)
         or _maybe_secret.search(name) and len(v)>=12 and not v.startswith("<"))
 
-# %% ../nbs/10_runlog.ipynb #0f86567d
+# %% ../nbs/10_runlog.ipynb #c115e518
 def clean_config(config, # settings: dicts, lists, numbers, text, paths, functions, anything
                 ): # the same as plain JSON values, without secrets
     "Settings as they may be written to a file: plain values, secrets replaced by `***`."
@@ -47,7 +48,7 @@ def clean_config(config, # settings: dicts, lists, numbers, text, paths, functio
     if isinstance(config,(str,Path)): return _hide(str(config))
     return getattr(config,"__name__",None) or f"<{type(config).__name__}>"     # a function, a model …
 
-# %% ../nbs/10_runlog.ipynb #b57ca04f
+# %% ../nbs/10_runlog.ipynb #ba9ef4a7
 class RunLog:
     "The record of one run: a file that is always whole, and a picture that draws itself."
     def __init__(self,
@@ -68,7 +69,7 @@ class RunLog:
         self._write()
         self._display = _make_display(self,plot) if progress else None
 
-# %% ../nbs/10_runlog.ipynb #08a362ea
+# %% ../nbs/10_runlog.ipynb #541f41b3
 @patch
 def _write(self:RunLog, sync=False):
     "Write the whole file now."
@@ -94,7 +95,21 @@ def _add(self:RunLog, which, row):
     if which or self.status!="running" or (self._budget>=self._cost and now-self._written>.1): self._write()
     if self._display: self._display.update(self,now=bool(which))
 
-# %% ../nbs/10_runlog.ipynb #ba11fa2b
+# %% ../nbs/10_runlog.ipynb #2f4f4a64
+@patch
+def save(self:RunLog):
+    "Write everything now; the run goes on."
+    self._write(sync=True)
+
+@patch
+def say(self:RunLog,
+        note:str, # a few words shown behind the progress until the next row
+       ):
+    "Show what is going on now, such as 'evaluating'."
+    self.note = str(note)
+    if self._display: self._display.update(self,now=True)
+
+# %% ../nbs/10_runlog.ipynb #12b53c7f
 @patch
 def start(self:RunLog,
           total_steps:int|None=None, # number of training steps to come; None: not known
@@ -115,7 +130,7 @@ def train(self:RunLog,
     "Log a training step."
     self._add(0,dict(step=step,epoch=epoch,samples=samples,loss=loss,**metrics))
 
-# %% ../nbs/10_runlog.ipynb #548faa91
+# %% ../nbs/10_runlog.ipynb #eb74dac2
 @patch
 def val(self:RunLog,
         *,
@@ -140,19 +155,11 @@ def best(self:RunLog,
          path:str|Path, # where it is saved
         ):
     "Log that the best version so far was saved."
-    self.best_checkpoint = dict(step=_number("step",step),epoch=_number("epoch",epoch),samples=_number("samples",samples),
-                                metric=str(metric),value=_number("value",value),path=str(path))
+    numbers = {k:_number(k,v) for k,v in dict(step=step,epoch=epoch,samples=samples,value=value).items()}
+    self.best_checkpoint = numbers|dict(metric=str(metric),path=str(path))
     self._write()
 
-# %% ../nbs/10_runlog.ipynb #73abab1d
-@patch
-def say(self:RunLog,
-        note:str, # a few words shown behind the progress until the next row
-       ):
-    "Show what is going on now, such as 'evaluating'."
-    self.note = str(note)
-    if self._display: self._display.update(self,now=True)
-
+# %% ../nbs/10_runlog.ipynb #6f1c8cd2
 @patch
 def finish(self:RunLog,
            status:str="finished", # "finished", "stopped" or "failed"; the first call decides
@@ -163,7 +170,8 @@ def finish(self:RunLog,
         f"status={status!r} is not known; use 'finished', 'stopped' or 'failed'.")
     if self.status=="running":
         self.status,self.note,self._seconds = status,"",perf_counter()-self._began
-        if error is not None: self.error = _hide(f"{type(error).__name__}: {error}" if isinstance(error,BaseException) else str(error))
+        if isinstance(error,BaseException): error = f"{type(error).__name__}: {error}"
+        self.error = _hide(str(error)) if error else None
     self._write(sync=True)
     if self._display: self._display.update(self,now=True)
 
@@ -175,7 +183,7 @@ def __exit__(self:RunLog, kind, error, trace):
     if kind is None: self.finish()
     else: self.finish("stopped" if issubclass(kind,KeyboardInterrupt) else "failed",error=error)
 
-# %% ../nbs/10_runlog.ipynb #ee6f695a
+# %% ../nbs/10_runlog.ipynb #a6050a99
 def smooth(values, # numbers; None where there is none
            weight:float, # share of the old mean in the new one, 0 (no smoothing) to below 1
           )->list: # as many numbers as `values`
@@ -186,7 +194,7 @@ def smooth(values, # numbers; None where there is none
         out.append(mean/(1-rest) if rest<1 else None)
     return out
 
-# %% ../nbs/10_runlog.ipynb #bc16d2a8
+# %% ../nbs/10_runlog.ipynb #fec02a05
 def _ticks(lo, hi, n=4):
     "About `n` round numbers from `lo` to `hi`."
     if not lo<hi: return [lo]
@@ -198,26 +206,31 @@ def _short(v):
     "A number in at most four characters or so."
     return "?" if v is None else f"{v:.3g}"
 
-# %% ../nbs/10_runlog.ipynb #9f16c4bd
+# %% ../nbs/10_runlog.ipynb #12811f60
+def _text(text, x, y, anchor="start"):
+    "A piece of text at a place in px."
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" fill="currentColor">{escape(text)}</text>'
+
+def _line(points, colour, extra=""):
+    "A curve through pixel points."
+    places = " ".join(f"{x:.1f},{y:.1f}" for x,y in points)
+    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-linejoin="round" {extra}/>'
+
+# %% ../nbs/10_runlog.ipynb #9478d82b
 def _axes(box, xlim, ylim, xlabel, ylabel):
     "SVG of an axis frame, and the functions from values to pixels; `box` is left, top, right, bottom in px."
     l,t,r,b = box; (x0,x1),(y0,y1) = xlim,ylim
     X = lambda v: l+(v-x0)/((x1-x0) or 1)*(r-l)
     Y = lambda v: b-(v-y0)/((y1-y0) or 1)*(b-t)
-    text = 'font-size="11" fill="currentColor"'
-    s = [f'<line x1="{l}" x2="{r}" y1="{Y(v):.1f}" y2="{Y(v):.1f}" stroke="currentColor" opacity="{.45 if v==y0 else .15}"/>'
-         f'<text x="{l-6}" y="{Y(v)+4:.1f}" text-anchor="end" opacity=".8" {text}>{_short(v)}</text>' for v in _ticks(y0,y1)]
-    s += [f'<text x="{X(v):.1f}" y="{b+15}" text-anchor="middle" opacity=".8" {text}>{v:,.0f}</text>'
-          for v in _ticks(x0,x1,5) if v==int(v)]
-    s += [f'<text x="{(l+r)/2}" y="{b+31}" text-anchor="middle" {text}>{escape(xlabel)}</text>',
-          f'<text transform="translate({l-38},{(t+b)/2}) rotate(-90)" text-anchor="middle" {text}>{escape(ylabel)}</text>']
+    def rule(v): return (f'<line x1="{l}" x2="{r}" y1="{Y(v):.1f}" y2="{Y(v):.1f}" stroke="currentColor" '
+                         f'opacity="{.45 if v==y0 else .15}"/>')
+    s = [rule(v)+_text(_short(v),l-6,Y(v)+4,"end") for v in _ticks(y0,y1)]
+    s += [_text(f"{v:,.0f}",X(v),b+15,"middle") for v in _ticks(x0,x1,5) if v==int(v)]
+    s += [_text(xlabel,(l+r)/2,b+31,"middle"),
+          f'<g transform="translate({l-38},{(t+b)/2}) rotate(-90)">{_text(ylabel,0,0,"middle")}</g>']
     return s,X,Y
 
-def _line(points, colour, extra=""):
-    "A curve through pixel points."
-    return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x,y in points)}" fill="none" stroke="{colour}" stroke-linejoin="round" {extra}/>'
-
-# %% ../nbs/10_runlog.ipynb #0a289a11
+# %% ../nbs/10_runlog.ipynb #57845641
 def _thin(points, n=300):
     "At most about `2*n` of the points: the lowest and the highest of each group of neighbours."
     if len(points)<=2*n: return points
@@ -227,7 +240,7 @@ def _thin(points, n=300):
         out += sorted({min(group,key=lambda p:p[1]),max(group,key=lambda p:p[1])})
     return out
 
-# %% ../nbs/10_runlog.ipynb #65ebe94d
+# %% ../nbs/10_runlog.ipynb #dbc2a6b5
 _blue,_orange = "#3b82d8","#e8843a"
 _styles = [("#2a9d6f",""),(_orange,"5 3"),("#a768d8","2 3"),("#c9a227","8 3 2 3")]     # colour, dashes
 
@@ -247,7 +260,7 @@ def _unit_metrics(val):
     seen = {k:[r[k] for r in val if r.get(k) is not None] for k in names}
     return [k for k,vs in seen.items() if vs and all(0<=v<=1 for v in vs)][:4]
 
-# %% ../nbs/10_runlog.ipynb #13cb8dea
+# %% ../nbs/10_runlog.ipynb #ff22142b
 def _loss_panel(train, val, box, last):
     "SVG of the loss curve."
     pts = [(r["step"],r["loss"]) for r in train if r.get("loss") is not None]
@@ -267,10 +280,10 @@ def _legend(box, train, val):
     if train: item += [(_line([(0,0),(16,0)],_blue,'stroke-width="1.2" opacity=".45"'),"each step"),
                        (_line([(0,0),(16,0)],_blue,'stroke-width="2.4"'),"smoothed")]
     if val: item.append((_marker(3,8,0,_orange),"validation"))
-    return [f'<g transform="translate({r-84},{t+8+15*i})">{mark}<text x="22" y="4" font-size="11" fill="currentColor">{name}</text></g>'
+    return [f'<g transform="translate({r-84},{t+8+15*i})">{mark}{_text(name,22,4)}</g>'
             for i,(mark,name) in enumerate(item)]
 
-# %% ../nbs/10_runlog.ipynb #d89b0528
+# %% ../nbs/10_runlog.ipynb #06d30c46
 def _metric_panel(val, names, box, last):
     "SVG of the validation metrics between 0 and 1, each with its last value."
     s,X,Y = _axes(box,(0,max(last,1)),(0,1),"training step","validation (0 to 1)")
@@ -278,8 +291,8 @@ def _metric_panel(val, names, box, last):
         colour,dash = _styles[i]; pts = [(X(r["step"]),Y(r[k]),r[k]) for r in val if r.get(k) is not None]
         s.append(_line([p[:2] for p in pts],colour,f'stroke-width="2" stroke-dasharray="{dash}"'))
         s += [_marker(i,x,y,colour) for x,y,_ in pts]
-        s.append(f'<g transform="translate({box[0]+4},{box[3]+48+15*i})">{_marker(i,0,-4,colour)}<text x="10" font-size="11" '
-                 f'fill="currentColor">{escape(k.removeprefix("val_"))} {pts[-1][2]:.3f}</text></g>')
+        name = f'{k.removeprefix("val_")} {pts[-1][2]:.3f}'
+        s.append(f'<g transform="translate({box[0]+4},{box[3]+48+15*i})">{_marker(i,0,-4,colour)}{_text(name,10,0)}</g>')
     return s
 
 def curve_svg(train:list, # rows with step and loss
@@ -298,7 +311,7 @@ def curve_svg(train:list, # rows with step and loss
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
             f'style="width:100%;max-width:{width}px;font-family:sans-serif">{"".join(s)}</svg>')
 
-# %% ../nbs/10_runlog.ipynb #dbb26f0d
+# %% ../nbs/10_runlog.ipynb #decccab4
 def _time(s):
     "Seconds in words."
     if s<9.95: return f"{s:.1f} s"
@@ -325,7 +338,7 @@ def status_line(log:RunLog, # a run
     speed = "" if not step else f", {_short(rate)} steps/s" if rate>=1 else f", {_short(1/rate)} s/step"
     return (f"{at}, loss {loss}{speed}{left}" if step else "starting") + (f" ({log.note})" if log.note else "")
 
-# %% ../nbs/10_runlog.ipynb #1b5dd1de
+# %% ../nbs/10_runlog.ipynb #f30613de
 def log_html(log:RunLog, # a run
              plot:bool=True, # with the curve
             )->str: # HTML text
@@ -333,12 +346,13 @@ def log_html(log:RunLog, # a run
     step,text = log.train_history[-1]["step"] if log.train_history else 0,escape(status_line(log))
     share = 100*min(1,step/log.total_steps) if log.total_steps else 100*(log.status=="finished")
     colour = dict(running=_blue,finished="#2a9d6f").get(log.status,_orange)
-    bar = (f'<div style="height:4px;max-width:680px;background:#8884;border-radius:2px;margin:4px 0 8px"><div style="height:4px;'
-           f'width:{share:.1f}%;background:{colour};border-radius:2px"></div></div>')
+    bar = (f'<div style="height:4px;max-width:680px;background:#8884;border-radius:2px;margin:4px 0 8px">'
+           f'<div style="height:4px;width:{share:.1f}%;background:{colour};border-radius:2px"></div></div>')
     svg = curve_svg(log.train_history,log.val_history,total_steps=log.total_steps) if plot else ""
-    return f'<div class="vlm-live"><div style="font-size:13px">{text}</div>{bar}{svg}</div>'
+    return (f'<div class="vlm-live" style="font-family:sans-serif"><div style="font-size:13px">{text}</div>'
+            f'{bar}{svg}</div>')
 
-# %% ../nbs/10_runlog.ipynb #c29fe41c
+# %% ../nbs/10_runlog.ipynb #a1bd4c17
 def _in_notebook():
     "Whether a Jupyter kernel runs this."
     shell = getattr(sys.modules.get("IPython"),"get_ipython",lambda: None)()
@@ -358,12 +372,13 @@ class _Live:
         else: self.handle = display(data,raw=True,display_id=True)
         self.drawn = perf_counter(); self.cost = self.drawn-t
 
-# %% ../nbs/10_runlog.ipynb #ac0cbe8d
+# %% ../nbs/10_runlog.ipynb #9b9eedde
 class _Bar:
     "The progress bar in a terminal, on the error stream; a line each half minute when that is a file."
     def __init__(self, log):
         from tqdm import tqdm
-        self.bar = tqdm(total=log.total_steps,unit="step",mininterval=.2 if sys.stderr.isatty() else 30,dynamic_ncols=True)
+        often = .2 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=log.total_steps,unit="step",mininterval=often,dynamic_ncols=True)
     def update(self, log, now=False):
         if self.bar.total!=log.total_steps: self.bar.reset(log.total_steps)
         row = log.train_history[-1] if log.train_history else dict(step=0,loss=None)
@@ -378,21 +393,31 @@ def _make_display(log, plot):
 @patch
 def _repr_html_(self:RunLog): return log_html(self)
 
-# %% ../nbs/10_runlog.ipynb #05d62dae
+# %% ../nbs/10_runlog.ipynb #dfd552a3
 def read_log(path:str|Path, # folder of a run, or a training_log.json
             )->dict: # status, config, train_history, val_history, best_checkpoint
     "Read the record of a run; it may still be running."
     path = Path(path)
     if path.is_dir():
-        if not (path/"training_log.json").exists(): raise FileNotFoundError(f"{path} holds no training_log.json, so it is not "
-            "the folder of a run. Name the folder that was given to RunLog or train as output_dir.")
+        if not (path/"training_log.json").exists(): raise FileNotFoundError(f"{path} holds no training_log.json, "
+            "so it is not the folder of a run. Name the folder that was given to RunLog or train as output_dir.")
         path = path/"training_log.json"
     log = read_json(path)
-    if not isinstance(log,dict) or not isinstance(log.get("train_history"),list): raise ValueError(f"{path} is not the record "
-        "of a run: it has no list train_history. Name a training_log.json that RunLog wrote.")
+    if not isinstance(log,dict) or not isinstance(log.get("train_history"),list): raise ValueError(f"{path} is "
+        "not the record of a run: it has no list train_history. Name a training_log.json that RunLog wrote.")
     return dict(status="unknown",config={},val_history=[],best_checkpoint=None)|log
 
-# %% ../nbs/10_runlog.ipynb #cccf070f
+# %% ../nbs/10_runlog.ipynb #f1df8724
+def _rows_with(log, metric):
+    "Steps and values of a metric; an error names those that there are."
+    rows = log["val_history" if metric.startswith("val_") else "train_history"]
+    found = [(r["step"],r[metric]) for r in rows if r.get(metric) is not None]
+    known = {k for h in ("train_history","val_history") for r in log[h] for k in r}-{"step","epoch","samples"}
+    if not found: raise ValueError(f"metric={metric!r} is not in this log. "
+        f"It has: {', '.join(sorted(known)) or 'no rows yet'}.")
+    return zip(*found)
+
+# %% ../nbs/10_runlog.ipynb #5bb327a0
 def plot_log(log, # a RunLog, what read_log gives, or the path of a run
              ax=None, # matplotlib axes to draw on; None: new ones
              *,
@@ -402,16 +427,14 @@ def plot_log(log, # a RunLog, what read_log gives, or the path of a run
     import matplotlib.pyplot as plt
     if isinstance(log,RunLog): log = vars(log)
     elif not isinstance(log,dict): log = read_log(log)
-    rows = [r for r in log["val_history" if metric.startswith("val_") else "train_history"] if r.get(metric) is not None]
-    known = sorted({k for h in ("train_history","val_history") for r in log[h] for k in r}-{"step","epoch","samples"})
-    if not rows: raise ValueError(f"metric={metric!r} is not in this log. It has: {', '.join(known) or 'no rows yet'}.")
+    x,y = _rows_with(log,metric)
     if ax is None: ax = plt.subplots(figsize=(6,3))[1]
-    x,y = [r["step"] for r in rows],[r[metric] for r in rows]
     if metric.startswith("val_"): ax.plot(x,y,"D-",color=_orange,label=metric)
     else:
         ax.plot(x,y,color=_blue,alpha=.35,lw=1,label="each step")
         ax.plot(x,smooth(y,_weight(len(y))),color=_blue,lw=2.4,label="smoothed")
-    val = [] if metric!="loss" else [(r["step"],r["val_loss"]) for r in log["val_history"] if r.get("val_loss") is not None]
-    if val: ax.plot(*zip(*val),"D",color=_orange,label="validation")
-    ax.set(xlabel="training step",ylabel=metric,title=f"{_gain(rows,metric)} in {x[-1]} steps"); ax.legend(); ax.grid(alpha=.3)
+    if metric=="loss" and any(r.get("val_loss") is not None for r in log["val_history"]):
+        ax.plot(*_rows_with(log,"val_loss"),"D",color=_orange,label="validation")
+    ax.set(xlabel="training step",ylabel=metric,title=f"{_gain([{metric:v} for v in y],metric)} in {x[-1]} steps")
+    ax.legend(); ax.grid(alpha=.3)
     return ax

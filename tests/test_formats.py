@@ -1,0 +1,296 @@
+"""Odd records, files and answers: each gets the stated reason, and nothing is dropped in silence."""
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmcourse.formats import (REMEDIES, check_record, final_answer, normalise_answer, open_image, put_marks,
+                               read_records, to_record, true_answer)
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ASK, SAY = turn("user", "<image>Which colour?"), turn("assistant", "red")
+GOOD = {"id": "a", "images": ["a.png"], "messages": [ASK, SAY]}
+
+
+def good(**changes):
+    return {**GOOD, **changes}
+
+
+def talk(*turns, **changes):
+    return good(messages=list(turns), **changes)
+
+
+# what stands in the file, and the only reason that may be given for it (None: it is fine)
+ROWS = [
+    ("fine", GOOD, None),
+    ("no mark at all", talk(turn("user", "Which colour?"), SAY), None),
+    ("no picture, no mark", talk(turn("user", "Which colour?"), SAY, images=[]), None),
+    ("images missing", {"messages": [turn("user", "Hi"), SAY]}, None),
+    ("images null", talk(turn("user", "Hi"), SAY, images=None), None),
+    ("system turn", talk(turn("system", "Be brief."), ASK, SAY), None),
+    ("two rounds", talk(ASK, SAY, turn("user", "Sure?"), turn("assistant", "yes")), None),
+    ("mark in the second question", talk(turn("user", "Hi"), turn("assistant", "Hello"), ASK, SAY), None),
+    ("unicode", talk(turn("user", "<image>Was für eine Vase? 🏺"), turn("assistant", "Хидрия")), None),
+    ("number as id and answer", good(id=7, answer=3), None),
+    ("extra fields", good(solution="x", meta={"a": [1]}), None),
+    ("picture in a sub-folder", good(images=["sub/b.jpg"]), None),
+    ("text", "vase", "not a record"),
+    ("list", [1, 2], "not a record"),
+    ("null", None, "not a record"),
+    ("number", 3, "not a record"),
+    ("empty object", {}, "bad messages"),
+    ("messages empty", good(messages=[]), "bad messages"),
+    ("messages is text", good(messages="Which colour? red"), "bad messages"),
+    ("messages is an object", good(messages={"role": "user"}), "bad messages"),
+    ("turn is text", good(messages=["Which colour?"]), "bad messages"),
+    ("sharegpt keys", good(messages=[{"from": "human", "value": "x"}]), "bad messages"),
+    ("content null", talk(ASK, turn("assistant", None)), "bad messages"),
+    ("content is a list of parts", talk(turn("user", [{"type": "image"}]), SAY), "bad messages"),
+    ("content is a number", talk(ASK, turn("assistant", 3)), "bad messages"),
+    ("role unknown", talk(turn("human", "<image>x"), SAY), "bad messages"),
+    ("role missing", good(messages=[{"content": "x"}]), "bad messages"),
+    ("user twice", talk(ASK, ASK, SAY), "bad messages"),
+    ("assistant first", talk(SAY, ASK), "bad messages"),
+    ("system only", talk(turn("system", "Be brief.")), "bad messages"),
+    ("system in the middle", talk(ASK, turn("system", "x"), SAY), "bad messages"),
+    ("question empty", talk(turn("user", "<image>"), SAY), "no question"),
+    ("question blank", talk(turn("user", " \n "), SAY), "no question"),
+    ("answer missing", talk(ASK), "no answer"),
+    ("answer empty", talk(ASK, turn("assistant", "")), "no answer"),
+    ("answer blank", talk(ASK, turn("assistant", " \n")), "no answer"),
+    ("question after the answer", talk(ASK, SAY, turn("user", "Sure?")), "no answer"),
+    ("two marks, one picture", talk(turn("user", "<image><image>x"), SAY), "marks and pictures differ"),
+    ("one mark, two pictures", good(images=["a.png", "a.png"]), "marks and pictures differ"),
+    ("a mark, no picture", good(images=[]), "marks and pictures differ"),
+    ("mark in the answer", talk(ASK, turn("assistant", "<image> red")), "mark in an answer"),
+    ("images is text", good(images="a.png"), "bad picture entry"),
+    ("images is an object", good(images={"path": "a.png"}), "bad picture entry"),
+    ("picture is a number", good(images=[3]), "bad picture entry"),
+    ("picture is null", good(images=[None]), "bad picture entry"),
+    ("picture is an object", good(images=[{"path": "a.png"}]), "bad picture entry"),
+    ("picture name empty", good(images=[""]), "bad picture entry"),
+    ("web address", good(images=["https://example.org/a.png"]), "picture is a web address"),
+    ("data address", good(images=["data:image/png;base64,AAAA"]), "picture is a web address"),
+    ("file address", good(images=["file:///etc/hosts"]), "picture is a web address"),
+    ("out of the folder", good(images=["../a.png"]), "picture outside the folder"),
+    ("out by a detour", good(images=["sub/../../a.png"]), "picture outside the folder"),
+    ("absolute path", good(images=["/etc/hosts"]), "picture outside the folder"),
+    ("link out of the folder", good(images=["link.png"]), "picture outside the folder"),
+    ("zero byte in the name", good(images=["a\0.png"]), "picture outside the folder"),
+    ("not there", good(images=["none.png"]), "picture not found"),
+    ("a folder", good(images=["sub"]), "picture not found"),
+    ("a very long name", good(images=["x" * 5000 + ".png"]), "picture not found"),
+    ("half a png", good(images=["half.png"]), "picture is damaged"),
+    ("half a jpg", good(images=["half.jpg"]), "picture is damaged"),
+    ("empty file", good(images=["empty.png"]), "picture is damaged"),
+    ("text called png", good(images=["text.png"]), "picture is damaged"),
+    ("checksum of a png wrong", good(images=["flip.png"]), "picture is damaged"),
+    ("a picture bomb", good(images=["bomb.png"]), "picture is damaged"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("formats")
+    data = root / "data"
+    (data / "sub").mkdir(parents=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
+    picture.save(data / "a.png")
+    picture.save(root / "a.png")
+    picture.save(data / "sub" / "b.jpg")
+    (data / "link.png").symlink_to(root / "a.png")
+    png, jpg = (data / "a.png").read_bytes(), (data / "sub" / "b.jpg").read_bytes()
+    (data / "half.png").write_bytes(png[:len(png) // 2])
+    (data / "half.jpg").write_bytes(jpg[:len(jpg) // 2])
+    (data / "flip.png").write_bytes(png[:200] + bytes([png[200] ^ 255]) + png[201:])
+    (data / "empty.png").touch()
+    (data / "text.png").write_text("I am no picture")
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (data / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)))
+    return data
+
+
+@pytest.mark.parametrize("name, row, reason", ROWS, ids=[name for name, *_ in ROWS])
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_row(folder, name, row, reason, kind):
+    file = folder / f"one.{kind}"
+    rows = [GOOD, row]
+    file.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    if reason is None:
+        assert len(read_records(file)) == 2
+        return
+    with pytest.raises(ValueError) as error:
+        read_records(file)
+    text = str(error.value)
+    assert f"1 of 2 records cannot be used" in text and f"1 x {reason}: record 2 " in text
+    assert REMEDIES[reason] in text and str(file) in text and "\n" not in text
+    assert sum(f" x {other}: " in text for other in REMEDIES) == 1
+
+
+def test_every_reason_has_a_row():
+    assert {reason for *_, reason in ROWS} - {None} == set(REMEDIES)
+
+
+def test_all_mistakes_in_one_error(folder):
+    bad = [row for _, row, reason in ROWS if reason]
+    (folder / "all.json").write_text(json.dumps([GOOD] + bad))
+    with pytest.raises(ValueError) as error:
+        read_records(folder / "all.json")
+    text = str(error.value)
+    assert text.startswith(f"{folder}/all.json: {len(bad)} of {len(bad) + 1} records")
+    for reason in REMEDIES:
+        count = sum(reason == other for *_, other in ROWS)
+        assert f"{count} x {reason}: " in text
+    assert len(text) < 12_000
+
+
+def test_one_record_can_have_several_mistakes():
+    record = talk(turn("user", "<image><image>x"), turn("assistant", "<image>"))
+    assert [reason for reason, _ in check_record(record)] == ["marks and pictures differ", "mark in an answer"]
+
+
+FILES = [
+    ("none.json", None, FileNotFoundError, "none.json"),
+    ("empty.json", "", ValueError, "empty"),
+    ("empty.jsonl", "\n \n", ValueError, "empty"),
+    ("nothing.json", "[]", ValueError, "holds no records"),
+    ("object.json", '{"messages": []}', ValueError, "must hold a list"),
+    ("text.json", '"hello"', ValueError, "must hold a list"),
+    ("broken.json", '[{"id": 1},\n {"id": }]', ValueError, "line 2"),
+    ("broken.jsonl", '{"id": 1}\n{"id": \n', ValueError, "line 2"),
+    ("list.csv", "a,b", ValueError, "must end in .json"),
+    ("list.json.gz", "x", ValueError, "must end in .json"),
+]
+
+
+@pytest.mark.parametrize("name, text, kind, contains", FILES, ids=[name for name, *_ in FILES])
+def test_file(tmp_path, name, text, kind, contains):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(kind, match=contains.replace(".", r"\.")) as error:
+        read_records(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_folder_names_the_files_in_it(folder):
+    (folder / "records.json").write_text("[]")
+    with pytest.raises(ValueError, match="is a folder") as error:
+        read_records(folder)
+    assert "records.json" in str(error.value)
+
+
+@pytest.mark.parametrize("data", [None, 3, {"messages": []}, (i for i in [GOOD])])
+def test_wrong_type(data):
+    with pytest.raises(ValueError, match="Records come from"):
+        read_records(data)
+
+
+def test_list_in_memory(folder, monkeypatch):
+    picture = Image.open(folder / "a.png")
+    records = read_records([good(images=[picture]), good(images=[str(folder / "sub/b.jpg")])])
+    assert records[0]["images"] == [picture]
+    monkeypatch.chdir(folder)
+    assert read_records([GOOD])[0]["images"] == [str(folder / "a.png")]
+    with pytest.raises(ValueError, match="1 x bad picture entry"):
+        read_records([good(images=[np.zeros((4, 4, 3))])])
+    with pytest.raises(ValueError, match="1 x picture not found"):
+        read_records([good(images=["../none.png"])])
+
+
+def test_input_is_not_changed(folder):
+    row = talk(turn("user", "Which colour?"), SAY, images=[str(folder / "a.png")], answer=3)
+    before = json.dumps(row)
+    read = read_records([row])
+    assert json.dumps(row) == before
+    assert read[0]["messages"][0]["content"] == "<image>Which colour?" and read[0]["answer"] == "3"
+    assert read_records(read) == read
+
+
+def test_asking_needs_no_answer(folder):
+    file = folder / "ask.json"
+    file.write_text(json.dumps([talk(ASK)]))
+    assert len(read_records(file, answers=False)) == 1
+
+
+def test_marks_go_to_the_first_question():
+    record = good(images=["a", "b"], messages=[turn("system", "s"), turn("user", "q"), SAY, turn("user", "r"), SAY])
+    assert [t["content"] for t in put_marks(record)["messages"]] == ["s", "<image><image>q", "red", "r", "red"]
+    assert record["messages"][1]["content"] == "q"
+    assert to_record("q", [Image.new("RGB", (2, 2))])["messages"][0]["content"] == "<image>q"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_way_of_holding_a_camera(tmp_path, orientation):
+    right = Image.fromarray(np.kron([[10, 90, 170], [50, 130, 250]], np.ones((16, 16))).astype(np.uint8)).convert("RGB")
+    undo = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # PIL's transpose that a viewer's turn undoes
+    lying = right
+    for step in undo.get(orientation, []):
+        lying = lying.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(open_image(tmp_path / "x.png"), right)
+
+
+MODES = [("1", (255,) * 3), ("L", (255,) * 3), ("P", None), ("RGBA", (255, 255, 255)), ("LA", (255, 255, 255)),
+         ("CMYK", (255, 255, 255)), ("I;16", None), ("F", None), ("RGB", None), ("YCbCr", None)]
+
+
+@pytest.mark.parametrize("mode, colour", MODES, ids=[mode for mode, _ in MODES])
+def test_every_kind_of_pixels(mode, colour):
+    start = {"1": 1, "L": 255, "RGBA": (9, 9, 9, 0), "LA": (9, 0), "CMYK": (0, 0, 0, 0)}.get(mode, 0)
+    image = open_image(Image.new(mode, (3, 2), start))
+    assert image.mode == "RGB" and image.size == (3, 2)
+    assert colour is None or image.getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize("name", ["half.png", "half.jpg", "empty.png", "text.png", "flip.png", "bomb.png"])
+def test_damaged_picture_names_its_file(folder, name):
+    with pytest.raises(ValueError, match=name):
+        open_image(folder / name)
+
+
+FINAL = [
+    ("### The final answer is: 3", "3"), ("I see it. ### The final answer is: 3.", "3"),
+    ("### The final answer is:3", "3"), ("### The final answer is:\n\n3\nBye.", "3"),
+    ("### The final answer is: 3.5.", "3.5"), ("### The final answer is: a. b.", "a. b"),
+    ("### The final answer is: 1 ### The final answer is: 2", "2"), ("### The final answer is: red\nI am sure.", "red"),
+    ("### The final answer is:", ""), ("### The final answer is: .", ""), ("", None), ("3", None),
+    ("The final answer is: 3", None), ("### the final answer is: 3", None), ("### The final answer is 3", None),
+]
+
+
+@pytest.mark.parametrize("text, answer", FINAL)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+SAME = [
+    ["3", "three", "Three", " THREE. ", "3.", "**3**", "`3`", "(3)", '"three"', "three!", 3, "３"],
+    ["21", "twenty-one", "Twenty one", "twenty\none", "21,"],
+    ["yes", "Yes.", "YES!", "'yes'"], ["red vase", "Red  vase.", "red\tvase", "**Red** vase"],
+    ["90", "ninety"], ["0", "zero"], ["-5"], [".5"], ["3.5"], ["3,5"], ["don't"], ["one-handled"], ["someone"],
+    ["", " ", "...", "!?"], ["no"], ["none", None], ["1 of 2", "one of two"], ["1000"], ["été", "ÉTÉ"],
+]
+
+
+def test_normalise_answer():
+    written = [{normalise_answer(text) for text in group} for group in SAME]
+    assert all(len(group) == 1 for group in written), written
+    assert len(set.union(*written)) == len(SAME)  # and what differs stays different
+    assert all(normalise_answer(text) == text for group in written for text in group)
+
+
+def test_true_answer():
+    record = to_record("How many?", answer="I count. ### The final answer is: 3.")
+    assert true_answer(record) == "3"
+    assert true_answer({**record, "answer": 4}) == "4"
+    assert true_answer(to_record("How many?", answer="3")) == "3"
+    assert true_answer(to_record("How many?", answer="x ### The final answer is:")) == ""
