@@ -79,14 +79,14 @@ def test_one_version_and_every_requirement_locked():
 
 @pytest.fixture
 def setup(clone, tmp_path):
-    "Run tools/setup.sh of the clone with some commands of the machine replaced: setup(python3='exit 127')."
+    "Run tools/setup.sh of the clone with some commands of the machine replaced by scripts: setup(python3='exit 127')."
     def run(*words, env=None, **commands):
         bin = tmp_path / "bin"
         bin.mkdir(exist_ok=True)
         commands = {"uv": "exit 127"} | commands
         for name, script in commands.items():
-            (bin / name.replace("_", ".")).write_text(f"#!/bin/sh\n{script}\n")
-            (bin / name.replace("_", ".")).chmod(0o755)
+            (bin / name).write_text(f"#!/bin/sh\n{script}\n")
+            (bin / name).chmod(0o755)
         env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "COURSE_VENV": str(tmp_path / "venv"), "PYTHON": ""} | (env or {})
         ran = subprocess.run(["sh", clone / "tools/setup.sh", *words], env=env, capture_output=True, text=True)
         return ran.returncode, " ".join((ran.stdout + ran.stderr).split())
@@ -106,7 +106,7 @@ def fake_uv(tmp_path):
     return script
 
 
-ALL = ("python3", "python", "python3_13", "python3_12", "python3_11")
+ALL = ("python3", "python", "python3.13", "python3.12", "python3.11")
 OLD = """case "$*" in *version_info*) echo 3.9;; *) exit 1;; esac"""
 REAL = f'exec "{sys.executable}" "$@"'
 DF = 'echo "Filesystem 1024-blocks Used Available Capacity Mounted"; echo "/dev/x 9 9 {} 1% /"'
@@ -125,8 +125,16 @@ def test_old_python(setup):
 
 def test_newer_python_behind_an_old_one(setup):
     "An old python3 with a python3.12 beside it is no reason to stop: the next check is reached."
-    code, said = setup(python3=OLD, python3_13="exit 127", python3_12='case "$*" in *version_info*) echo 3.12;; esac', df=DF.format(9))
+    new = {"python3.13": "exit 127", "python3.12": 'case "$*" in *version_info*) echo 3.12;; esac'}
+    code, said = setup(python3=OLD, df=DF.format(9), **new)
     assert code == 1 and "not enough room" in said
+
+
+@pytest.mark.parametrize("version, chip", [("13.6", "arm64"), ("15.1", "x86_64")])
+def test_mac_without_builds(setup, version, chip):
+    uname = f'if [ "$1" = -m ]; then echo {chip}; else echo Darwin; fi'
+    code, said = setup(uname=uname, sw_vers=f"echo {version}")
+    assert code == 1 and f"Stopped: this machine has macOS {version}, {chip}." in said and "macOS 14 or newer on Apple silicon" in said
 
 
 def test_no_room(setup):

@@ -202,7 +202,7 @@ def test_ctrl_c_ends_the_step_and_then_the_run(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", STOP.format(tests=str(tmp_path.cwd()/"tests"), folder=str(tmp_path/"r"), slow_from=4)],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "go\n"
-    p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=60)
+    p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=300)
     assert p.returncode == 0 and out.split()[-3:] == ["end", "5", "stopped"], err
     net = make_net(); train(tmp_path/"same", net, lr_scheduler_type="constant", max_steps=5)     # weights of exactly five steps
     got = torch.load(tmp_path/"r"/"w")
@@ -214,7 +214,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", STOP.format(tests=str(tmp_path.cwd()/"tests"), folder=str(tmp_path/"r"), slow_from=4)],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline(); p.send_signal(signal.SIGINT); time.sleep(.1); p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=300)
     assert p.returncode == 0 and out.split()[-3:] == ["end", "4", "stopped"], err
 
 

@@ -80,9 +80,11 @@ def imports(root):
             elif other == name:
                 yield f"{where} imports vlmcourse.{name}, its own module. Its functions are already defined in the notebook."
             elif other not in known:
-                yield f"{where} imports {other!r} from vlmcourse, which no lesson exports. Import from a lesson's module: from vlmcourse.core import …"
+                yield (f"{where} imports {other!r} from vlmcourse, which is no lesson's module. "
+                       "Name the module: from vlmcourse.core import …")
             elif known[other][0] > number:
-                yield f"{where} imports vlmcourse.{other} ({known[other][0]:02}), a later lesson. Move what is shared to {number:02} or before, or this code to {known[other][0]:02} or after."
+                yield (f"{where} imports vlmcourse.{other} ({known[other][0]:02}), a later lesson. Move what is shared to "
+                       f"{number:02} or before, or this code to {known[other][0]:02} or after.")
 
 
 def vlmcourse_imports(path):

@@ -7,4 +7,4 @@ bin=${COURSE_VENV:-.venv}/bin
 "$bin/jupyter" trust nbs/*.ipynb >/dev/null || true   # without it the plots appear when the cells are run
 # Jupyter will not start for root (containers, cloud machines) unless told to. It listens on this machine only.
 [ "$(id -u)" != 0 ] || set -- --allow-root "$@"
-exec "$bin/jupyter" lab --ServerApp.root_dir="$PWD" "$@" nbs/quickstart.ipynb
+exec "$bin/jupyter" lab --ServerApp.root_dir="$PWD" --LabApp.default_url=/lab/tree/nbs/quickstart.ipynb "$@"

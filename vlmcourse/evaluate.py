@@ -140,7 +140,7 @@ def show_share(
     low, high = wilson(k, n)
     return f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
-# %% ../nbs/13_evaluate.ipynb #775f8080
+# %% ../nbs/13_evaluate.ipynb #3e9be74d
 @dataclass
 class Scores:
     "Scores of one model on one list of questions."
@@ -149,15 +149,11 @@ class Scores:
     seconds: float = 0.0  # time the answers took
     settings: dict = field(default_factory=dict)  # how the questions were asked
 
-    def values(
-        self,
-        metric: str = "strict",  # "strict", "lenient" or "format"
-        task: str | None = None,  # only this task
-    ) -> list:  # True, False or None per question
-        "One metric, question by question."
+    def values(self, metric: str = "strict", task: str | None = None) -> list:
+        "True, False or None per question; metric: strict, lenient or format."
         return [r[metric] for r in self.rows if task in (None, r["task"])]
 
-    def share(self, metric="strict"):
+    def share(self, metric: str = "strict") -> float:
         "The metric's share of True, 0 to 1; nan when it applies to no question."
         values = [v for v in self.values(metric) if v is not None]
         return sum(values) / len(values) if values else float("nan")
@@ -166,23 +162,15 @@ class Scores:
     accuracy = property(lambda self: self.share("strict"))
     lenient = property(lambda self: self.share("lenient"))
     format_rate = property(lambda self: self.share("format"))
+    interval = property(lambda self: wilson(sum(filter(None, self.values())), self.n))
     answers = property(lambda self: [row["answer"] for row in self.rows])
-    tasks = property(lambda self: list(dict.fromkeys(row["task"] for row in self.rows)))
-
-    @property
-    def interval(self) -> tuple:  # (low, high), 0 to 1
-        "95 % interval of the strict accuracy."
-        return wilson(sum(v for v in self.values() if v), self.n)
-
-    def table(self) -> Table:
-        "One line per task and one for all; each share with its 95 % interval."
-        return _score_table(self)
+    tasks = property(lambda self: list(dict.fromkeys(r["task"] for r in self.rows)))
 
     def _repr_html_(self):
-        return self.table()._repr_html_()
+        return _score_table(self)._repr_html_()
 
     def __repr__(self):
-        return repr(self.table())
+        return repr(_score_table(self))
 
 # %% ../nbs/13_evaluate.ipynb #22cf2ec9
 def _score_table(scores):
@@ -324,7 +312,7 @@ def kind_of_gain(
     kind = " and ".join(kinds) or "none that could not be luck"
     return f"Kind of gain: {kind}. Guessing the most frequent answer: {guess:.1%}."
 
-# %% ../nbs/13_evaluate.ipynb #e94f2836
+# %% ../nbs/13_evaluate.ipynb #b738902d
 def gain_table(
     before: Scores,  # scores before training
     after: Scores,  # scores after, on the same questions
@@ -338,8 +326,10 @@ def gain_table(
             gain = paired_gain(old, new) if n else "–"
             name = names[metric] if task is None else f"strict: {task}"
             lines.append([name, n, show_share(old), show_share(new), str(gain)])
-    gain = paired_gain(before, after)
-    note = f"{kind_of_gain(before, after)} {gain.mended} mended, {gain.broken} broken."
+    note = "Open questions only: nothing to count."
+    if after.n:
+        gain = paired_gain(before, after)
+        note = f"{kind_of_gain(before, after)} {gain.mended} mended, {gain.broken} broken."
     head = ["score", "n", "before", "after", "gain"]
     return Table(head, lines, kind="vlm-gain", note=f"{note} Brackets: 95 % intervals.")
 
@@ -366,7 +356,7 @@ def _picture(image, height=96):
     data = base64.b64encode(memory.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{data}" height="{height}" alt="photo">'
 
-# %% ../nbs/13_evaluate.ipynb #b85ee770
+# %% ../nbs/13_evaluate.ipynb #77444241
 def show_answers(
     records: list,  # questions with pictures
     before: Scores | list,  # scores or answers
@@ -375,7 +365,9 @@ def show_answers(
     n: int = 6,  # how many questions, from the start of the list
 ) -> Html:  # pictures and answers in a notebook, text elsewhere
     "Pictures with question, truth and answers; right and wrong in words."
-    columns = {"answer": before} if after is None else {"before": before, "after": after}
+    columns = {"answer": before}
+    if after is not None:
+        columns = {"before": before, "after": after}
     columns = {name: getattr(c, "answers", c)[:n] for name, c in columns.items()}
     rows, text = [], []
     for i, record in enumerate(records[:n]):
@@ -388,7 +380,8 @@ def show_answers(
         safe = {html.escape(k): html.escape(str(v)) for k, v in lines.items()}
         words = "<br>".join(f"<b>{k}:</b> {v}" for k, v in safe.items())
         photos = "".join(map(_picture, record["images"]))
-        rows.append(f'<tr><td>{photos}</td><td style="text-align:left">{words}</td></tr>')
+        words = f'<td style="text-align:left">{words}</td>'
+        rows.append(f"<tr><td>{photos}</td>{words}</tr>")
         text.append("\n".join(f"{k}: {v}" for k, v in lines.items()))
     page = f'<table class="vlm-answers">{"".join(rows)}</table>'
     return Html(page, "\n\n".join(text))

@@ -6,14 +6,14 @@
 __all__ = ['SCHEDULES', 'epoch_order', 'step_rows', 'count_steps', 'lr_factor', 'to_device', 'sum_gradients', 'train_step',
            'make_optimizer', 'fit']
 
-# %% ../nbs/12_loop.ipynb #dec3388c
+# %% ../nbs/12_loop.ipynb #cf639471
 import math, signal, threading
 from itertools import count
 import torch
 from torch.nn.utils import clip_grad_norm_
 from .core import set_seed
 
-# %% ../nbs/12_loop.ipynb #1c8cacfd
+# %% ../nbs/12_loop.ipynb #72b42e3b
 def epoch_order(n:int, # number of rows of the data
                 epoch:int, # number of the epoch, from 0
                 seed:int=0, # same seed, same order
@@ -31,7 +31,7 @@ def step_rows(n:int, # number of rows of the data
         order = epoch_order(n,epoch,seed)
         yield from (order[i:i+size] for i in range(0,n,size))
 
-# %% ../nbs/12_loop.ipynb #b1c2e7ee
+# %% ../nbs/12_loop.ipynb #2eb836c7
 def count_steps(n:int, # number of rows of the data
                 size:int, # rows of one step
                 *,
@@ -41,7 +41,7 @@ def count_steps(n:int, # number of rows of the data
     "The number of training steps."
     return max_steps if max_steps>0 else max(1,math.ceil(num_train_epochs*math.ceil(n/size)))
 
-# %% ../nbs/12_loop.ipynb #bb800851
+# %% ../nbs/12_loop.ipynb #4660102f
 SCHEDULES = ("cosine","linear","constant","constant_with_warmup")
 
 def lr_factor(step:int, # number of steps already done, from 0
@@ -56,7 +56,7 @@ def lr_factor(step:int, # number of steps already done, from 0
     done = (step-warmup)/max(1,total-warmup)
     return max(0.,1-done) if kind=="linear" else max(0.,.5*(1+math.cos(math.pi*done)))
 
-# %% ../nbs/12_loop.ipynb #dcd4d0b0
+# %% ../nbs/12_loop.ipynb #2b6d8005
 def to_device(batch, # a tensor, a dict or list of such, or something with a method `to`
               device, # where the model is
              ): # the same on that device
@@ -76,7 +76,7 @@ def _loss_and_count(loss_fn, model, batch):
         "can be learned. Was it computed under torch.no_grad(), turned into a number, or are all weights frozen?")
     return out[0],int(out[1])
 
-# %% ../nbs/12_loop.ipynb #215c39cd
+# %% ../nbs/12_loop.ipynb #c16b29f0
 def sum_gradients(model, # the model; gradients are added to those it has
                   loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
                   batches, # the pieces of one large batch
@@ -93,7 +93,7 @@ def sum_gradients(model, # the model; gradients are added to those it has
     torch._foreach_mul_([p.grad for p in params if p.grad is not None],1/items)
     return total/items,items
 
-# %% ../nbs/12_loop.ipynb #017d09d6
+# %% ../nbs/12_loop.ipynb #a3acb697
 def _require_finite(value, what, where):
     "Raise when `value` is NaN or infinite."
     if math.isfinite(value): return
@@ -102,7 +102,7 @@ def _require_finite(value, what, where):
         "overflow in half precision (try float32), or one of these rows is broken (an empty answer, a picture "
         "of a single colour, a division by zero in loss_fn).")
 
-# %% ../nbs/12_loop.ipynb #0d74c9c7
+# %% ../nbs/12_loop.ipynb #a15866b6
 def train_step(model, # the model
                loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
                batches, # the pieces of the batch
@@ -121,7 +121,7 @@ def train_step(model, # the model
     optimizer.step()
     return loss,norm,items
 
-# %% ../nbs/12_loop.ipynb #9970ed4c
+# %% ../nbs/12_loop.ipynb #6d12c3d8
 def make_optimizer(model, # weights with requires_grad are trained
                    *,
                    learning_rate:float=1e-3, # the highest rate
@@ -135,7 +135,7 @@ def make_optimizer(model, # weights with requires_grad are trained
               dict(params=[p for p in params if p.ndim<2],weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g["params"]],lr=learning_rate)
 
-# %% ../nbs/12_loop.ipynb #644d4715
+# %% ../nbs/12_loop.ipynb #035316ef
 class _Running:
     "A training under way: Ctrl-C waits for the end of a step, and each kind of end is put into the log."
     def __init__(self, model, log): self.model,self.log,self.asked,self.in_step,self.old = model,log,False,False,None
@@ -158,7 +158,7 @@ class _Running:
         else: self.log.finish("stopped" if stopped else "failed",error=None if stopped else error)
         return stopped
 
-# %% ../nbs/12_loop.ipynb #89cc25bd
+# %% ../nbs/12_loop.ipynb #fa0da815
 def _check_settings(n, s):
     "Raise for settings that cannot work; `s` are the arguments of `fit`."
     if n<1: raise ValueError("data is empty: there is nothing to train on.")
@@ -175,7 +175,7 @@ def _check_settings(n, s):
     if s["eval_steps"] and not s["evaluate"]: raise ValueError(f"eval_steps={s['eval_steps']} asks for "
         "validations, but evaluate is missing. Give a function, or set eval_steps=0.")
 
-# %% ../nbs/12_loop.ipynb #00a097c0
+# %% ../nbs/12_loop.ipynb #4cbd1a4d
 def _validate(model, evaluate, log, at):
     "Run a validation and log it; the model's mode and torch's random numbers are put back."
     log.say("evaluating")
@@ -186,6 +186,10 @@ def _validate(model, evaluate, log, at):
     finally: model.train(was_training)
     log.val(**at,**metrics)
 
+def _pieces(data, rows, size, collate):
+    "The rows of a step as batches of at most `size` records."
+    return (collate([data[r] for r in rows[k:k+size]]) for k in range(0,len(rows),size))
+
 def _set_rate(optimizer, lr):
     for group in optimizer.param_groups: group["lr"] = lr
     return lr
@@ -195,13 +199,13 @@ def _where(step, rows, lr):
     which = ", ".join(map(str,rows[:16])) + (" …" if len(rows)>16 else "")
     return f"step {step} (rows {which} of data, learning rate {lr:.3g})"
 
-# %% ../nbs/12_loop.ipynb #5fe27b63
+# %% ../nbs/12_loop.ipynb #044ece85
 def fit(model, # any torch model; weights with requires_grad are trained, in place
         loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
         data, # list of records, or anything with a length and rows by number
         *,
         collate, # collate(list of records) -> batch
-        log, # a RunLog
+        log, # a RunLog; its `with` block finishes it, `fit` only when the run is stopped or fails
         num_train_epochs:float=1, # passes through the data
         max_steps:int=-1, # number of steps; above 0 it overrules num_train_epochs
         per_device_train_batch_size:int=8, # records in one piece
@@ -219,17 +223,16 @@ def fit(model, # any torch model; weights with requires_grad are trained, in pla
     "Train a model. Ctrl-C ends it cleanly (log status 'stopped'); a NaN loss raises ValueError."
     _check_settings(len(data),locals()); set_seed(seed)
     opt = make_optimizer(model,learning_rate=learning_rate,weight_decay=weight_decay)
-    B = per_device_train_batch_size; size = B*gradient_accumulation_steps
+    size = per_device_train_batch_size*gradient_accumulation_steps
     total = count_steps(len(data),size,num_train_epochs=num_train_epochs,max_steps=max_steps)
-    seen,recent,at = 0,[],dict(step=0,epoch=0.,samples=0)
-    warmup = math.ceil(warmup_ratio*total)
+    seen,recent,warmup = 0,[],math.ceil(warmup_ratio*total)
     with _Running(model,log) as run:
+        if evaluate: _validate(model,evaluate,log,dict(step=0,epoch=0.,samples=0))
         log.start(total)
-        if evaluate: _validate(model,evaluate,log,at); log.start(total)
         for i,rows in zip(range(1,total+1),step_rows(len(data),size,seed)):
             run.step(True)
             lr = _set_rate(opt,learning_rate*lr_factor(i-1,total,warmup,lr_scheduler_type))
-            pieces = (collate([data[r] for r in rows[k:k+B]]) for k in range(0,len(rows),B))
+            pieces = _pieces(data,rows,per_device_train_batch_size,collate)
             loss,norm,_ = train_step(model,loss_fn,pieces,optimizer=opt,max_grad_norm=max_grad_norm,
                                      where=_where(i,rows,lr))
             seen += len(rows); recent.append(loss); at = dict(step=i,epoch=round(seen/len(data),4),samples=seen)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clean_config', 'RunLog', 'smooth', 'curve_svg', 'status_line', 'log_html', 'read_log', 'plot_log']
 
-# %% ../nbs/10_runlog.ipynb #e911322a
+# %% ../nbs/10_runlog.ipynb #2914782d
 import json, math, re, sys
 from html import escape
 from pathlib import Path
@@ -13,7 +13,7 @@ from time import perf_counter
 from fastcore.basics import patch
 from .core import atomic_path, read_json, run_dir
 
-# %% ../nbs/10_runlog.ipynb #e2b116b0
+# %% ../nbs/10_runlog.ipynb #d75353cc
 def _number(name, v):
     "`v` as a plain number for JSON; None stands for NaN and infinity."
     if hasattr(v,"item"): v = v.item()
@@ -23,7 +23,7 @@ def _number(name, v):
         "holds numbers only. Log a number, or put this into the run's config.") from None
     return v if math.isfinite(v) else None
 
-# %% ../nbs/10_runlog.ipynb #0efa5e2c
+# %% ../nbs/10_runlog.ipynb #e6fe3a25
 _secret_name = re.compile(r"password|passwd|secret|credential|authorization|api_?key|access_?key|private_?key",re.I)
 _maybe_secret = re.compile(r"(^|_)(token|key|auth)$",re.I)      # `hub_token`, but also `eos_token`
 _secret_text = re.compile(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[\w-]{12,}"
@@ -35,7 +35,7 @@ def _is_secret(name, v):
     return isinstance(v,str) and v!="" and bool(_secret_name.search(name)
         or _maybe_secret.search(name) and len(v)>=12 and not v.startswith("<"))
 
-# %% ../nbs/10_runlog.ipynb #c115e518
+# %% ../nbs/10_runlog.ipynb #231ea8c4
 def clean_config(config, # settings: dicts, lists, numbers, text, paths, functions, anything
                 ): # the same as plain JSON values, without secrets
     "Settings as they may be written to a file: plain values, secrets replaced by `***`."
@@ -48,7 +48,7 @@ def clean_config(config, # settings: dicts, lists, numbers, text, paths, functio
     if isinstance(config,(str,Path)): return _hide(str(config))
     return getattr(config,"__name__",None) or f"<{type(config).__name__}>"     # a function, a model …
 
-# %% ../nbs/10_runlog.ipynb #ba9ef4a7
+# %% ../nbs/10_runlog.ipynb #e840e4a9
 class RunLog:
     "The record of one run: a file that is always whole, and a picture that draws itself."
     def __init__(self,
@@ -69,7 +69,7 @@ class RunLog:
         self._write()
         self._display = _make_display(self,plot) if progress else None
 
-# %% ../nbs/10_runlog.ipynb #541f41b3
+# %% ../nbs/10_runlog.ipynb #323e90b2
 @patch
 def _write(self:RunLog, sync=False):
     "Write the whole file now."
@@ -95,7 +95,7 @@ def _add(self:RunLog, which, row):
     if which or self.status!="running" or (self._budget>=self._cost and now-self._written>.1): self._write()
     if self._display: self._display.update(self,now=bool(which))
 
-# %% ../nbs/10_runlog.ipynb #2f4f4a64
+# %% ../nbs/10_runlog.ipynb #be9670fe
 @patch
 def save(self:RunLog):
     "Write everything now; the run goes on."
@@ -109,7 +109,7 @@ def say(self:RunLog,
     self.note = str(note)
     if self._display: self._display.update(self,now=True)
 
-# %% ../nbs/10_runlog.ipynb #12b53c7f
+# %% ../nbs/10_runlog.ipynb #9b09cb7f
 @patch
 def start(self:RunLog,
           total_steps:int|None=None, # number of training steps to come; None: not known
@@ -130,7 +130,7 @@ def train(self:RunLog,
     "Log a training step."
     self._add(0,dict(step=step,epoch=epoch,samples=samples,loss=loss,**metrics))
 
-# %% ../nbs/10_runlog.ipynb #eb74dac2
+# %% ../nbs/10_runlog.ipynb #45f42a8f
 @patch
 def val(self:RunLog,
         *,
@@ -159,7 +159,7 @@ def best(self:RunLog,
     self.best_checkpoint = numbers|dict(metric=str(metric),path=str(path))
     self._write()
 
-# %% ../nbs/10_runlog.ipynb #6f1c8cd2
+# %% ../nbs/10_runlog.ipynb #3cba151d
 @patch
 def finish(self:RunLog,
            status:str="finished", # "finished", "stopped" or "failed"; the first call decides
@@ -183,7 +183,7 @@ def __exit__(self:RunLog, kind, error, trace):
     if kind is None: self.finish()
     else: self.finish("stopped" if issubclass(kind,KeyboardInterrupt) else "failed",error=error)
 
-# %% ../nbs/10_runlog.ipynb #a6050a99
+# %% ../nbs/10_runlog.ipynb #9761d934
 def smooth(values, # numbers; None where there is none
            weight:float, # share of the old mean in the new one, 0 (no smoothing) to below 1
           )->list: # as many numbers as `values`
@@ -194,7 +194,7 @@ def smooth(values, # numbers; None where there is none
         out.append(mean/(1-rest) if rest<1 else None)
     return out
 
-# %% ../nbs/10_runlog.ipynb #fec02a05
+# %% ../nbs/10_runlog.ipynb #8cbbfbc9
 def _ticks(lo, hi, n=4):
     "About `n` round numbers from `lo` to `hi`."
     if not lo<hi: return [lo]
@@ -206,7 +206,7 @@ def _short(v):
     "A number in at most four characters or so."
     return "?" if v is None else f"{v:.3g}"
 
-# %% ../nbs/10_runlog.ipynb #12811f60
+# %% ../nbs/10_runlog.ipynb #f881a241
 def _text(text, x, y, anchor="start"):
     "A piece of text at a place in px."
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" fill="currentColor">{escape(text)}</text>'
@@ -216,7 +216,7 @@ def _line(points, colour, extra=""):
     places = " ".join(f"{x:.1f},{y:.1f}" for x,y in points)
     return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-linejoin="round" {extra}/>'
 
-# %% ../nbs/10_runlog.ipynb #9478d82b
+# %% ../nbs/10_runlog.ipynb #acb72eb4
 def _axes(box, xlim, ylim, xlabel, ylabel):
     "SVG of an axis frame, and the functions from values to pixels; `box` is left, top, right, bottom in px."
     l,t,r,b = box; (x0,x1),(y0,y1) = xlim,ylim
@@ -230,7 +230,7 @@ def _axes(box, xlim, ylim, xlabel, ylabel):
           f'<g transform="translate({l-38},{(t+b)/2}) rotate(-90)">{_text(ylabel,0,0,"middle")}</g>']
     return s,X,Y
 
-# %% ../nbs/10_runlog.ipynb #57845641
+# %% ../nbs/10_runlog.ipynb #d149dbf1
 def _thin(points, n=300):
     "At most about `2*n` of the points: the lowest and the highest of each group of neighbours."
     if len(points)<=2*n: return points
@@ -240,7 +240,7 @@ def _thin(points, n=300):
         out += sorted({min(group,key=lambda p:p[1]),max(group,key=lambda p:p[1])})
     return out
 
-# %% ../nbs/10_runlog.ipynb #dbc2a6b5
+# %% ../nbs/10_runlog.ipynb #5cd07772
 _blue,_orange = "#3b82d8","#e8843a"
 _styles = [("#2a9d6f",""),(_orange,"5 3"),("#a768d8","2 3"),("#c9a227","8 3 2 3")]     # colour, dashes
 
@@ -260,7 +260,7 @@ def _unit_metrics(val):
     seen = {k:[r[k] for r in val if r.get(k) is not None] for k in names}
     return [k for k,vs in seen.items() if vs and all(0<=v<=1 for v in vs)][:4]
 
-# %% ../nbs/10_runlog.ipynb #ff22142b
+# %% ../nbs/10_runlog.ipynb #834d837b
 def _loss_panel(train, val, box, last):
     "SVG of the loss curve."
     pts = [(r["step"],r["loss"]) for r in train if r.get("loss") is not None]
@@ -275,15 +275,15 @@ def _loss_panel(train, val, box, last):
     return s+[_marker(3,X(x),Y(y),_orange) for x,y in vpts]+_legend(box,bool(pts),bool(vpts))
 
 def _legend(box, train, val):
-    "What the lines of the loss panel mean, at its upper right."
-    r,t = box[2],box[1]; item = []
+    "What the lines of the loss panel mean, above it."
+    item = []
     if train: item += [(_line([(0,0),(16,0)],_blue,'stroke-width="1.2" opacity=".45"'),"each step"),
                        (_line([(0,0),(16,0)],_blue,'stroke-width="2.4"'),"smoothed")]
     if val: item.append((_marker(3,8,0,_orange),"validation"))
-    return [f'<g transform="translate({r-84},{t+8+15*i})">{mark}{_text(name,22,4)}</g>'
+    return [f'<g transform="translate({box[0]+2+86*i},{box[1]-12})">{mark}{_text(name,20,4)}</g>'
             for i,(mark,name) in enumerate(item)]
 
-# %% ../nbs/10_runlog.ipynb #06d30c46
+# %% ../nbs/10_runlog.ipynb #1b7db0b3
 def _metric_panel(val, names, box, last):
     "SVG of the validation metrics between 0 and 1, each with its last value."
     s,X,Y = _axes(box,(0,max(last,1)),(0,1),"training step","validation (0 to 1)")
@@ -305,13 +305,13 @@ def curve_svg(train:list, # rows with step and loss
     "The curves of a run as a picture: loss, and validation metrics when there are any."
     last = total_steps or max([r["step"] for r in [*train,*val]],default=1)
     names = _unit_metrics(val); split = width-20 if not names else int(width*.6)
-    s = _loss_panel(train,val,(50,12,split,height-40),last)
-    if names: s += _metric_panel(val,names,(split+66,12,width-20,height-40),last)
+    s = _loss_panel(train,val,(50,26,split,height-40),last)
+    if names: s += _metric_panel(val,names,(split+66,26,width-20,height-40),last)
     height += max(0,15*len(names)-4)+(12 if names else 0)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
             f'style="width:100%;max-width:{width}px;font-family:sans-serif">{"".join(s)}</svg>')
 
-# %% ../nbs/10_runlog.ipynb #decccab4
+# %% ../nbs/10_runlog.ipynb #32dcf4cf
 def _time(s):
     "Seconds in words."
     if s<9.95: return f"{s:.1f} s"
@@ -338,7 +338,7 @@ def status_line(log:RunLog, # a run
     speed = "" if not step else f", {_short(rate)} steps/s" if rate>=1 else f", {_short(1/rate)} s/step"
     return (f"{at}, loss {loss}{speed}{left}" if step else "starting") + (f" ({log.note})" if log.note else "")
 
-# %% ../nbs/10_runlog.ipynb #f30613de
+# %% ../nbs/10_runlog.ipynb #ae154287
 def log_html(log:RunLog, # a run
              plot:bool=True, # with the curve
             )->str: # HTML text
@@ -352,7 +352,7 @@ def log_html(log:RunLog, # a run
     return (f'<div class="vlm-live" style="font-family:sans-serif"><div style="font-size:13px">{text}</div>'
             f'{bar}{svg}</div>')
 
-# %% ../nbs/10_runlog.ipynb #a1bd4c17
+# %% ../nbs/10_runlog.ipynb #db952e27
 def _in_notebook():
     "Whether a Jupyter kernel runs this."
     shell = getattr(sys.modules.get("IPython"),"get_ipython",lambda: None)()
@@ -372,7 +372,7 @@ class _Live:
         else: self.handle = display(data,raw=True,display_id=True)
         self.drawn = perf_counter(); self.cost = self.drawn-t
 
-# %% ../nbs/10_runlog.ipynb #9b9eedde
+# %% ../nbs/10_runlog.ipynb #0b522d4b
 class _Bar:
     "The progress bar in a terminal, on the error stream; a line each half minute when that is a file."
     def __init__(self, log):
@@ -393,7 +393,7 @@ def _make_display(log, plot):
 @patch
 def _repr_html_(self:RunLog): return log_html(self)
 
-# %% ../nbs/10_runlog.ipynb #dfd552a3
+# %% ../nbs/10_runlog.ipynb #317d62e8
 def read_log(path:str|Path, # folder of a run, or a training_log.json
             )->dict: # status, config, train_history, val_history, best_checkpoint
     "Read the record of a run; it may still be running."
@@ -407,7 +407,7 @@ def read_log(path:str|Path, # folder of a run, or a training_log.json
         "not the record of a run: it has no list train_history. Name a training_log.json that RunLog wrote.")
     return dict(status="unknown",config={},val_history=[],best_checkpoint=None)|log
 
-# %% ../nbs/10_runlog.ipynb #f1df8724
+# %% ../nbs/10_runlog.ipynb #f93135b5
 def _rows_with(log, metric):
     "Steps and values of a metric; an error names those that there are."
     rows = log["val_history" if metric.startswith("val_") else "train_history"]
@@ -417,7 +417,7 @@ def _rows_with(log, metric):
         f"It has: {', '.join(sorted(known)) or 'no rows yet'}.")
     return zip(*found)
 
-# %% ../nbs/10_runlog.ipynb #5bb327a0
+# %% ../nbs/10_runlog.ipynb #5bd1327f
 def plot_log(log, # a RunLog, what read_log gives, or the path of a run
              ax=None, # matplotlib axes to draw on; None: new ones
              *,
