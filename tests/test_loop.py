@@ -1,5 +1,5 @@
 "Odd cases of vlmcourse.loop: equality with a loop by hand and with transformers, real signals, broken steps."
-import math, random, signal, subprocess, sys, threading, time
+import math, os, random, signal, threading, time
 import pytest
 import torch
 from torch import nn
@@ -185,37 +185,31 @@ def test_the_mode_of_the_model_is_put_back(tmp_path):
 
 
 # --- stop --------------------------------------------------------------------
-STOP = """
-import sys, time, torch; sys.path.insert(0,{tests!r})
-from test_loop import *
-def slow(net, b):
-    if len(calls)>={slow_from}: print('go',flush=True); [time.sleep(.05) for _ in range(8)]
-    calls.append(1); return loss_fn(net,b)
-calls,net = [],make_net()
-log = RunLog({folder!r},progress=False)
-fit(net,slow,DATA,collate=collate,log=log,learning_rate=.01,lr_scheduler_type="constant",max_steps=50)
-torch.save(net.state_dict(),{folder!r}+"/w"); log.finish(); print('end',len(log.train_history),log.status)
-"""
+def presses(after, times):
+    "A loss function that sends itself Ctrl-C, `times` times, in the middle of step `after`."
+    calls = []
+    def f(net, b):
+        calls.append(1)
+        if len(calls) == after:
+            for _ in range(times): os.kill(os.getpid(), signal.SIGINT); time.sleep(.01)
+        return loss_fn(net, b)
+    return f
 
 
-def test_ctrl_c_ends_the_step_and_then_the_run(tmp_path):
-    p = subprocess.Popen([sys.executable, "-c", STOP.format(tests=str(tmp_path.cwd()/"tests"), folder=str(tmp_path/"r"), slow_from=4)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "go\n"
-    p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=300)
-    assert p.returncode == 0 and out.split()[-3:] == ["end", "5", "stopped"], err
-    net = make_net(); train(tmp_path/"same", net, lr_scheduler_type="constant", max_steps=5)     # weights of exactly five steps
-    got = torch.load(tmp_path/"r"/"w")
-    assert all(torch.equal(v, got[k]) for k, v in net.state_dict().items())
-    assert read_log(tmp_path/"r")["status"] == "stopped"
+@pytest.mark.parametrize("times,steps", [(1, 5), (2, 4)])
+def test_ctrl_c_ends_the_step_and_then_the_run_and_twice_stops_at_once(tmp_path, times, steps):
+    a, b = make_net(), make_net()
+    log = train(tmp_path/"r", a, loss_fn=presses(5, times), lr_scheduler_type="constant", evaluate=lambda net: dict(val_x=1))
+    train(tmp_path/"same", b, lr_scheduler_type="constant", max_steps=steps)               # the weights of exactly these steps
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    got = read_log(tmp_path/"r")
+    assert log.status == got["status"] == "stopped" and len(got["train_history"]) == steps and len(got["val_history"]) == 1
 
 
-def test_ctrl_c_twice_stops_at_once(tmp_path):
-    p = subprocess.Popen([sys.executable, "-c", STOP.format(tests=str(tmp_path.cwd()/"tests"), folder=str(tmp_path/"r"), slow_from=4)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    p.stdout.readline(); p.send_signal(signal.SIGINT); time.sleep(.1); p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=300)
-    assert p.returncode == 0 and out.split()[-3:] == ["end", "4", "stopped"], err
+def test_ctrl_c_in_a_validation_stops_at_once(tmp_path):
+    def evaluate(net): os.kill(os.getpid(), signal.SIGINT); time.sleep(5); return dict(val_x=1)
+    log = train(tmp_path/"r", evaluate=evaluate)
+    assert log.status == "stopped" and not log.train_history and not log.val_history
 
 
 def test_in_a_thread_and_the_signal_handler_is_put_back(tmp_path):

@@ -50,7 +50,7 @@ def test_a_reader_never_sees_half_a_log(tmp_path):
     def read():
         while not done.is_set(): seen.append(len(read_log(log.path)["train_history"]))
     t = threading.Thread(target=read); t.start()
-    for i in range(1, 1500): row(log, i); log.save() if i % 3 == 0 else None
+    for i in range(1, 1500): row(log, i); log.save() if i % 15 == 0 else None
     log.finish(); done.set(); t.join()
     assert seen == sorted(seen) and len(seen) > 5
 
