@@ -312,7 +312,7 @@ def kind_of_gain(
     kind = " and ".join(kinds) or "none that could not be luck"
     return f"Kind of gain: {kind}. Guessing the most frequent answer: {guess:.1%}."
 
-# %% ../nbs/13_evaluate.ipynb #b738902d
+# %% ../nbs/13_evaluate.ipynb #7fc412f1
 def gain_table(
     before: Scores,  # scores before training
     after: Scores,  # scores after, on the same questions
@@ -329,7 +329,8 @@ def gain_table(
     note = "Open questions only: nothing to count."
     if after.n:
         gain = paired_gain(before, after)
-        note = f"{kind_of_gain(before, after)} {gain.mended} mended, {gain.broken} broken."
+        counts = f"{gain.mended} mended, {gain.broken} broken."
+        note = f"{kind_of_gain(before, after)} {counts}"
     head = ["score", "n", "before", "after", "gain"]
     return Table(head, lines, kind="vlm-gain", note=f"{note} Brackets: 95 % intervals.")
 

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .core import inside, read_json, read_jsonl
+from .museum import ANSWER_MARK
 
 # %% auto #0
-__all__ = ['IMAGE_MARK', 'ANSWER_MARK', 'REMEDIES', 'NUMBER_WORDS', 'put_marks', 'to_record', 'open_image', 'check_record',
-           'check_picture', 'read_records', 'final_answer', 'normalise_answer', 'true_answer']
+__all__ = ['IMAGE_MARK', 'REMEDIES', 'NUMBER_WORDS', 'put_marks', 'to_record', 'open_image', 'check_record', 'check_picture',
+           'read_records', 'final_answer', 'normalise_answer', 'true_answer']
 
 # %% ../nbs/02_formats.ipynb #da4f2ac1
 IMAGE_MARK = "<image>"  # stands in the text where a picture stands in the prompt
-ANSWER_MARK = "### The final answer is:"  # stands before the short answer
 
 # %% ../nbs/02_formats.ipynb #e9d7673f
 def put_marks(
