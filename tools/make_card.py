@@ -27,7 +27,9 @@ Share of greedy answers that are right from the first token to the last, on scen
 |---|---|---|---|
 {rows}
 
-*caption*, *detect* and *steps* are long answers, several styles of answer are in the training data, and one wrong token makes the answer wrong.
+One wrong token makes an answer wrong. *detect* and *steps* are scored against the form that is rare in training on purpose (JSON boxes, `### The final answer is:`), so 0 is
+what the design wants: the base model answers in another form, and the lessons teach this one. *locate* wants all four numbers of a box exact to the pixel.
+*same* (are two photos alike in shape, colour or pattern?) is not learned: half right is guessing.
 
 ## What it cannot do
 
