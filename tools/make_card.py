@@ -14,7 +14,7 @@ It is an unmodified `Qwen3VLForConditionalGeneration` of the transformers librar
 
 ## How it was made
 
-`vlmcourse pretrain --output_dir runs/tiny` (function `vlmcourse.tiny.pretrain`, lesson `07_tiny`), {steps} steps of {batch} rows with {each} questions each, the first
+`vlmcourse pretrain runs/tiny` (function `vlmcourse.tiny.pretrain`, lesson `07_tiny`), {steps} steps of {batch} rows with {each} questions each, the first
 {vision} steps for the vision tower alone, seed {seed}. It took {minutes:.0f} minutes with {threads} threads of a busy machine with two CPU cores and no GPU. Settings, losses and scores: `pretraining.json`.
 
 **Data**: photos drawn by `vlmcourse.museum`, new ones for every step, from the `train` split only. No picture or text from outside, so no licence applies to the data.

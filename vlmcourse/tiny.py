@@ -145,6 +145,7 @@ def _stack(parts, pad_token_id):
         n = len(a); ids[i,:n],group[i,:n],labels[i,:n],pos[:,i,:n] = torch.tensor(a),torch.tensor(b),torch.tensor(c),d
     return ids,group,labels,pos
 
+# %% ../nbs/07_tiny.ipynb #packer01
 class Packer:
     "Turns rows (scenes, questions) into one batch in which all questions share their pictures."
     def __init__(self,
