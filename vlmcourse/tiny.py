@@ -148,9 +148,7 @@ def _stack(parts, pad_token_id):
 # %% ../nbs/07_tiny.ipynb #packer01
 class Packer:
     "Turns rows (scenes, questions) into one batch in which all questions share their pictures."
-    def __init__(self,
-                 model,      # the tiny model, for its position rule
-                 tokenizer): # its tokenizer
+    def __init__(self, model, tokenizer): # the tiny model, for its position rule, and its tokenizer
         self.model,self.tok,self.seen = model,tokenizer,{}
         self.middle,self.end = self.encode("<|im_end|>\n<|im_start|>assistant\n"),self.encode("<|im_end|>")
         self.prefixes = {k:self.prefix(k) for k in (1,2,3)}
@@ -164,8 +162,8 @@ class Packer:
 
     def prefix(self, k):
         "Token ids and rotary positions [3,L] of `k` pictures, and the next free position."
-        image = "<|vision_start|>"+"<|image_pad|>"*CELLS**2+"<|vision_end|>"
-        ids = self.encode("<|im_start|>user\n"+(image if k==1 else "".join(f"Photo {i+1}: {image}\n" for i in range(k))))
+        photo = "<|vision_start|>"+"<|image_pad|>"*CELLS**2+"<|vision_end|>"
+        ids = self.encode("<|im_start|>user\n"+(photo if k==1 else "".join(f"Photo {i+1}: {photo}\n" for i in range(k))))
         t = torch.tensor([ids]); kinds = (t==self.model.config.image_token_id).int()
         pos,_ = self.model.model.get_rope_index(t,kinds,torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*k))
         return ids,pos[:,0],int(pos.max())+1
@@ -179,8 +177,7 @@ class Packer:
             ids += x+y; group += [g+1]*n; labels += [-100]*len(x)+y; pos.append((nxt+torch.arange(n)).expand(3,-1))
         return ids,group,labels,torch.cat(pos,1),spans
 
-    def __call__(self,
-                 rows):      # list of (scenes, [(task, question, answer)])
+    def __call__(self, rows): # rows: list of (scenes, [(task, question, answer)])
         "The batch as a dict: ids, pos, mask, labels, pixels, grid, spans, scenes."
         parts = [self.row(*r) for r in rows]; ids,group,labels,pos = _stack(parts,self.tok.pad_token_id); L = ids.shape[1]
         mask = ((group[:,:,None]==group[:,None])|(group[:,None]==0))&torch.ones(L,L,dtype=torch.bool).tril()
