@@ -5,14 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from vlmcourse.museum import (CONDITIONS, DEFECTS, PATTERNS, SHAPES, TASKS, VIEWS, Scene, Vase, ask_scene, boxes, draw_scene,
-                              make_records, make_scene, paint_vase, split_of)
+from vlmcourse.museum import (CONDITIONS, DEFECTS, PATTERNS, SHAPES, TASKS, THINGS, VIEWS, WORKSHOPS, Scene, Thing, Vase, ask_scene, boxes,
+                              caption, draw_scene, make_records, make_scene, paint_thing, paint_vase, split_of)
 
 
 def contents(s):
-    "What stands where: on shelves the place (row, column) belongs to the scene."
-    place = lambda v: (v.y > .6, int(v.x*3)) if s.kind == "shelf" else ()
-    return (s.kind, *((*place(v), v.shape, v.colour, v.pattern, v.condition, v.view) for v in s.vases))
+    "Which vases are there, wherever they stand."
+    return tuple(sorted((v.shape, v.colour, v.pattern, v.condition, v.view) for v in s.vases))
 
 
 def test_same_bytes_in_another_process():
@@ -22,14 +21,16 @@ def test_same_bytes_in_another_process():
     assert a == b and len(a) == 65
 
 
-@pytest.mark.parametrize("kind", ["portrait", "shelf"])
-def test_splits_share_no_contents(kind):
-    seen = {split: {contents(make_scene([i, 1], split, kind=kind)) for i in range(400)} for split in ("train", "val", "test")}
+def test_splits_share_no_contents():
+    "Whatever the kind of photo: portraits, shelves with one vase, full shelves."
+    kinds = [dict(kind="portrait"), dict(kind="shelf", n_vases=1), dict(kind="shelf")]
+    seen = {split: {contents(make_scene([i, 1], split, **k)) for i in range(300) for k in kinds} for split in ("train", "val", "test")}
+    assert len(seen["train"]) > 600
     assert not (seen["train"] & seen["test"] or seen["train"] & seen["val"] or seen["val"] & seen["test"])
 
 
 def test_a_split_is_a_tenth():
-    parts = [split_of("portrait", [[0, s, c, p, k, v]]) for s in SHAPES for c in ("red", "blue") for p in PATTERNS for k in CONDITIONS for v in VIEWS]
+    parts = [split_of([[s, c, p, k, v]]) for s in SHAPES for c in ("red", "blue") for p in PATTERNS for k in CONDITIONS for v in VIEWS]
     assert .05 < parts.count("test")/len(parts) < .16 and .05 < parts.count("val")/len(parts) < .16
 
 
@@ -42,7 +43,7 @@ def test_box_is_tight(shape, view, flip):
     paint_vase(c, v)
     ys, xs = np.nonzero(c[..., 0] >= 0)
     truth = [xs.min(), ys.min(), xs.max()+1, ys.max()+1]
-    assert np.abs(np.array(truth)-boxes(Scene("portrait", (v,), "stone"), 400)[0]).max() <= 3
+    assert np.abs(np.array(truth)-boxes(Scene("portrait", (v,)), 400)[0]).max() <= 3
 
 
 def test_boxes_scale_with_the_picture():
@@ -53,7 +54,7 @@ def test_boxes_scale_with_the_picture():
 def test_details_show():
     "Every attribute and defect changes the picture."
     base = Vase("hydria", "blue", "plain", "intact", "front")
-    draw = lambda v=base, defect="sharp": np.asarray(draw_scene(Scene("portrait", (v,), "stone", defect=defect), 96)).astype(int)
+    draw = lambda v=base, defect="sharp": np.asarray(draw_scene(Scene("portrait", (v,), defect=defect), 96)).astype(int)
     plain = draw()
     for other in [{"pattern": p} for p in PATTERNS[1:]]+[{"condition": c} for c in CONDITIONS[1:]]+[{"view": v} for v in VIEWS[1:]]:
         changed = draw(Vase(**{**vars(base), **other}))
@@ -67,6 +68,58 @@ def test_every_task_can_be_asked(task):
     for r in make_records(12, [task], split="val", seed=5):
         assert r["answer"] and r["messages"][0]["content"].count("<image>") == len(r["images"])
         assert r["messages"][1]["content"].endswith(r["answer"])
+
+
+@pytest.mark.parametrize("kind", THINGS)
+def test_a_thing_fills_its_place(kind):
+    c = np.full((200, 200, 3), -1.)
+    paint_thing(c, Thing(kind, .5, .8, .4))
+    ys, xs = np.nonzero(c[..., 0] >= 0)
+    assert 58 <= ys.min() <= 82 and ys.max() == 159 and 60 <= xs.min() and xs.max() < 140 and len(ys) > 500
+
+
+def test_things_stand_beside_the_vases():
+    "Never in front of a vase, half of the shelves hold none, and every kind turns up."
+    shelves = [make_scene([8, i], kind="shelf") for i in range(400)]
+    for s in shelves:
+        assert len({t.kind for t in s.things}) == len(s.things) <= 2 and len(s.things)+len(s.vases) <= 6
+        for t in s.things:
+            for v, (x1, y1, x2, y2) in zip(s.vases, boxes(s, 300)):
+                apart = t.x*300+t.height*150 <= x1+4 or t.x*300-t.height*150 >= x2-4 or abs(t.y-v.y) > .2
+                assert apart, (t, v)
+    assert {t.kind for s in shelves for t in s.things} == set(THINGS)
+    assert .4 < sum(not s.things for s in shelves)/400 < .75
+
+
+def test_captions_and_questions_name_the_things():
+    rng = np.random.default_rng(0)
+    for i in range(150):
+        s = make_scene([9, i], kind="shelf")
+        here = [t.kind for t in s.things]
+        assert [t for t in THINGS if f" a {t}" in caption(s)] == [t for t in THINGS if t in here]
+        assert ask_scene([s], "things", rng)[1] == (", ".join(f"a {t}" for t in here) or "nothing")
+        q, a = ask_scene([s], "presence", rng)
+        asked = [t for t in THINGS if t in q]
+        assert not asked or a == ("yes" if asked[0] in here else "no")
+
+
+def test_in_context_examples():
+    "The answer to `like` follows from the example with the same pattern, and from nothing else."
+    rules = set()
+    for r in make_records(60, ["like"], seed=4):
+        one, two, new = (s["vases"][0]["pattern"] for s in r["meta"]["scenes"])
+        question = r["messages"][0]["content"].split("\n")[-1]
+        towns = sorted((t for t in WORKSHOPS.values() if t in question), key=question.index)
+        assert r["answer"] == towns[[one, two].index(new)] and [one, two].count(new) == 1
+        rules.add((new, r["answer"]))
+    assert len(rules) == 16             # every pattern with every town: the museum's own rule is not given away
+
+
+def test_same_names_what_it_compares():
+    for r in make_records(60, ["same"], seed=4):
+        key = next(k for k in ("shape", "colour", "pattern") if k in r["messages"][0]["content"])
+        a, b = (s["vases"][0][key] for s in r["meta"]["scenes"])
+        assert r["messages"][1]["content"] == f"Photo 1: {a}. Photo 2: {b}. ### The final answer is: {'yes' if a == b else 'no'}"
 
 
 def test_counts_are_true():

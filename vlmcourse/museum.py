@@ -12,10 +12,11 @@ from PIL import Image
 from .core import write_json
 
 # %% auto #0
-__all__ = ['FORMS', 'SHAPES', 'PROFILES', 'COLOURS', 'PATTERNS', 'CONDITIONS', 'VIEWS', 'WALLS', 'DEFECTS', 'SPLITS', 'NUMBERS',
-           'CORNERS', 'WORKSHOPS', 'ANSWER_MARK', 'PHRASES', 'TASKS', 'SEVERAL', 'PORTRAIT_ONLY', 'Form',
-           'smooth_profile', 'Vase', 'extent', 'paint_vase', 'Scene', 'split_of', 'make_scene', 'draw_scene', 'boxes',
-           'detection_json', 'caption', 'ask_scene', 'scenes_for', 'make_record', 'make_records', 'save_records']
+__all__ = ['FORMS', 'SHAPES', 'PROFILES', 'COLOURS', 'PATTERNS', 'CONDITIONS', 'VIEWS', 'THINGS', 'WALLS', 'DEFECTS', 'SPLITS',
+           'NUMBERS', 'CORNERS', 'WORKSHOPS', 'ANSWER_MARK', 'PHRASES', 'TASKS', 'SEVERAL', 'PORTRAIT_ONLY', 'Form',
+           'smooth_profile', 'Vase', 'extent', 'paint_vase', 'Thing', 'paint_thing', 'Scene', 'split_of', 'make_scene',
+           'draw_scene', 'boxes', 'detection_json', 'caption', 'ask_scene', 'scenes_for', 'make_record', 'make_records',
+           'save_records']
 
 # %% ../nbs/01_museum.ipynb #69a0bd0e
 @dataclass(frozen=True)
@@ -185,6 +186,35 @@ def _surface(v, tc, z, ws, rad, S):
     shine = np.maximum(0,1-((tc+.42)/.13)**2)*np.maximum(0,1-((ws-.55)/.4)**2)
     return _damage(v,col*shade+70*shine[...,None],tc,ws,rad,S,shade)
 
+# %% ../nbs/01_museum.ipynb #5ca86fa5
+THINGS = ["clock","lamp","book","plant","candle"]
+
+@dataclass(frozen=True)
+class Thing:
+    "Something beside the vases; lengths are fractions of the picture."
+    kind: str         # one of THINGS
+    x: float = .5     # middle of the foot, 0 left .. 1 right
+    y: float = .86    # where the foot stands, 0 top .. 1 bottom
+    height: float = .2 # from foot to top
+
+def _thing_parts(kind, u, w):
+    "(colour, which pixels) from back to front; u across, -.5 .. .5, and w up, 0 .. 1, in heights of the thing."
+    block = lambda x1,x2,lo,hi: (u>=x1)&(u<=x2)&(w>=lo)&(w<=hi)
+    disc = lambda x,y,rx,ry: ((u-x)/rx)**2+((w-y)/ry)**2<=1
+    if kind=="clock": return [((96,58,30),disc(0,.5,.5,.5)),((246,242,230),disc(0,.5,.39,.39)),((20,18,18),block(-.05,.05,.5,.84)|block(0,.27,.45,.55))]
+    if kind=="lamp": return [((70,54,44),block(-.24,.24,0,.09)|block(-.055,.055,0,.6)),((255,222,120),(np.abs(u)<=.68-.44*w)&(w>=.48)&(w<=1))]
+    if kind=="book": return [((112,58,128),block(-.46,-.15,0,.92)),((30,132,132),block(-.15,.14,0,1)),((212,118,44),block(.14,.46,0,.84)),
+                             ((236,214,150),block(-.46,.46,.62,.70))]
+    if kind=="plant": return [((62,128,52),disc(0,.7,.2,.3)|disc(-.27,.58,.2,.22)|disc(.27,.58,.2,.22)),((182,94,60),(np.abs(u)<=.16+.3*w)&(w>=0)&(w<=.38))]
+    return [((188,148,62),block(-.32,.32,0,.12)),((246,240,226),block(-.13,.13,.12,.68)),((255,146,26),disc(0,.84,.11,.16))]
+
+def paint_thing(canvas:np.ndarray, # picture of floats 0..255, shape [S,S,3], changed in place
+                t:Thing,           # what to paint
+               )->None:
+    "Paint one thing onto a square canvas."
+    at = np.arange(len(canvas))+.5; h = t.height*len(canvas)
+    for colour,inside in _thing_parts(t.kind,(at[None]-t.x*len(canvas))/h,(t.y*len(canvas)-at[:,None])/h): canvas[inside] = colour
+
 # %% ../nbs/01_museum.ipynb #669cf57d
 WALLS = dict(stone=(206,200,190),sage=(176,188,170),sky=(184,200,212),rose=(214,188,180),dusk=(120,124,140),cream=(232,222,200))
 DEFECTS = ["sharp","blurry","noisy","dark","cropped"]
@@ -194,7 +224,8 @@ class Scene:
     "Everything a photo shows. `draw_scene` turns it into pixels of any size."
     kind: str          # "portrait" or "shelf"
     vases: tuple       # the vases; on shelves top row first, left to right
-    wall: str          # one of WALLS
+    things: tuple = () # what else stands on the shelves, in the same order
+    wall: str = "stone" # one of WALLS
     boards: tuple = () # height of each shelf board, fractions
     defect: str = "sharp" # one of DEFECTS
     split: str = "train" # "train", "val" or "test"
@@ -203,11 +234,10 @@ class Scene:
 # %% ../nbs/01_museum.ipynb #4cf65cf7
 SPLITS = ["train","val","test"]
 
-def split_of(kind:str,      # "portrait" or "shelf"
-             contents:list, # one (slot, shape, colour, pattern, condition, view) per vase
+def split_of(contents:list, # one [shape, colour, pattern, condition, view] per vase
             )->str:         # "train", "val" or "test"
-    "The split to which a combination of vases belongs, decided by a hash of what is shown."
-    bucket = hashlib.sha256(json.dumps([kind,contents]).encode()).digest()[0]%10
+    "The split to which a combination of vases belongs, wherever they stand, decided by a hash of what is shown."
+    bucket = hashlib.sha256(json.dumps(sorted(contents)).encode()).digest()[0]%10
     return {0:"test",1:"val"}.get(bucket,"train")
 
 # %% ../nbs/01_museum.ipynb #01306187
@@ -216,32 +246,33 @@ def _between(rng, a, b): return a+(b-a)*int(rng.integers(0,1001))/1000
 
 def _contents(rng, kind, n_vases):
     "Random attributes, one list per vase; damage and odd views are rarer on shelves."
-    n = 1 if kind=="portrait" else n_vases or int(rng.integers(1,7))
-    slots = sorted(rng.permutation(6)[:n].tolist()) if kind=="shelf" else [0]
-    def one(s):
+    def one():
         rare = kind=="portrait" or rng.integers(4)==0
-        return [s,_pick(rng,SHAPES),_pick(rng,list(COLOURS)),_pick(rng,PATTERNS),_pick(rng,CONDITIONS) if rare else "intact",
+        return [_pick(rng,SHAPES),_pick(rng,list(COLOURS)),_pick(rng,PATTERNS),_pick(rng,CONDITIONS) if rare else "intact",
                 _pick(rng,VIEWS) if rare else "front"]
-    return [one(s) for s in slots]
+    return [one() for _ in range(1 if kind=="portrait" else n_vases or int(rng.integers(1,7)))]
 
 # %% ../nbs/01_museum.ipynb #40795eb8
 def _width(shape, view):                              # widest half of a vase, as a fraction of its height
     p = Vase(shape,"red",view=view,x=0,y=0,height=1); l,_,r,_ = extent(p); return max(-l,r)
 
-def _place(rng, kind, contents, defect):
-    "Give every vase a place and a size; returns the vases and the shelf boards."
-    seeds = rng.integers(0,2**31,len(contents)).tolist(); flips = rng.integers(0,2,len(contents)).tolist()
-    if kind=="portrait":
-        _,shape,*rest = contents[0]; size = min(_between(rng,.56,.72),.44/_width(shape,rest[-1]))
-        x = _pick(rng,[.06,.94])+_between(rng,-.03,.03) if defect=="cropped" else .5+_between(rng,-.08,.08)
-        return (Vase(shape,*rest,x=x,y=.84+_between(rng,-.02,.02),height=size,flip=bool(flips[0]),seed=seeds[0]),),()
-    boards = (.47+_between(rng,-.02,.02),.93+_between(rng,-.02,.02)); vases = []
-    for (slot,shape,*rest),sd,fl in zip(contents,seeds,flips):
-        row,column = divmod(slot,3)
-        size = min(_between(rng,.29,.37),.155/_width(shape,rest[-1]))
-        x = (column+.5)/3+_between(rng,-1,1)*max(0,.158-size*_width(shape,rest[-1]))
-        vases.append(Vase(shape,*rest,x=x,y=boards[row]-.004,height=size,flip=bool(fl),seed=sd))
-    return tuple(vases),boards
+def _on_plinth(rng, contents, defect):
+    "The vase of a portrait, with its place and size."
+    (shape,*rest), = contents; size = min(_between(rng,.56,.72),.44/_width(shape,rest[-1]))
+    x = _pick(rng,[.06,.94])+_between(rng,-.03,.03) if defect=="cropped" else .5+_between(rng,-.08,.08)
+    return (Vase(shape,*rest,x=x,y=.84+_between(rng,-.02,.02),height=size,flip=bool(rng.integers(2)),seed=int(rng.integers(2**31))),)
+
+def _on_shelves(rng, contents, boards):
+    "Vases and other things, each in one of six slots."
+    def stand(slot,width,size):                            # x and y of something `width` times as wide to a side as high
+        row,column = divmod(slot,3); return dict(x=(column+.5)/3+_between(rng,-1,1)*max(0,.158-size*width),y=boards[row]-.004,height=size)
+    slots = rng.permutation(6).tolist(); n = len(contents); vases,things = [],[]
+    for slot,(shape,*rest) in zip(sorted(slots[:n]),contents):
+        wide = _width(shape,rest[-1]); place = stand(slot,wide,min(_between(rng,.29,.37),.155/wide))
+        vases.append(Vase(shape,*rest,**place,flip=bool(rng.integers(2)),seed=int(rng.integers(2**31))))
+    kinds = rng.permutation(THINGS).tolist()[:_pick(rng,[0,0,0,1,1,2])]     # half of the shelves hold nothing but vases
+    for slot,kind in zip(sorted(slots[n:n+len(kinds)]),kinds): things.append(Thing(kind,**stand(slot,.5,_between(rng,.16,.22))))
+    return tuple(vases),tuple(things)
 
 # %% ../nbs/01_museum.ipynb #623334e3
 def make_scene(seed:int|list,     # any whole number (or list of them); the same seed gives the same scene
@@ -258,10 +289,11 @@ def make_scene(seed:int|list,     # any whole number (or list of them); the same
     rng = np.random.default_rng(seed); kind = kind or _pick(rng,["portrait","shelf"])
     while True:
         contents = _contents(rng,kind,n_vases)
-        if split_of(kind,contents)==split: break
+        if split_of(contents)==split: break
     if defect is None: defect = "sharp" if rng.integers(3) else _pick(rng,DEFECTS[1:] if kind=="portrait" else DEFECTS[1:4])
-    vases,boards = _place(rng,kind,contents,defect)
-    return Scene(kind,vases,_pick(rng,list(WALLS)),boards,defect,split,int(rng.integers(2**31)))
+    boards = (.47+_between(rng,-.02,.02),.93+_between(rng,-.02,.02)) if kind=="shelf" else ()
+    vases,things = _on_shelves(rng,contents,boards) if boards else (_on_plinth(rng,contents,defect),())
+    return Scene(kind,vases,things,_pick(rng,list(WALLS)),boards,defect,split,int(rng.integers(2**31)))
 
 # %% ../nbs/01_museum.ipynb #c1386b33
 def _backdrop(S, scene):
@@ -278,9 +310,8 @@ def _backdrop(S, scene):
         c[near&(y>v.y+.03)&(x>.76)] *= .88
     return c
 
-def _shadow(c, v):
-    S,r = len(c),max(_radius(v,0)*1.5,.2)*v.height; e = max(_tilt(v),.16)
-    cx,cy,rx,ry = v.x+.18*r,v.y+.02*v.height,r*1.15,r*e*1.3
+def _shadow(c, v, r, e):                # of a vase or thing v; radius and tilt of its foot
+    S = len(c); cx,cy,rx,ry = v.x+.18*r,v.y+.02*v.height,r*1.15,r*e*1.3
     rows,cols = (slice(max(0,int((m-d)*S)),max(0,int((m+d)*S)+2)) for m,d in ((cy,ry),(cx,rx)))
     part = c[rows,cols]; h,w = part.shape[:2]
     x,y = ((np.arange(w)+cols.start+.5)/S-cx)[None]/rx,((np.arange(h)+rows.start+.5)/S-cy)[:,None]/ry
@@ -313,8 +344,10 @@ def draw_scene(scene:Scene,    # what to draw
     "Draw a scene at any size; the same scene and size always give the same bytes."
     if not 16<=size<=4096: raise ValueError(f"draw_scene: size={size} px is out of range. Use 16 to 4096; the tiny model expects 96.")
     k = 3 if size<=256 else 2; c = _backdrop(size,scene).astype(np.float32).repeat(k,0).repeat(k,1)
-    for v in scene.vases: _shadow(c,v)
+    for v in scene.vases: _shadow(c,v,max(_radius(v,0)*1.5,.2)*v.height,max(_tilt(v),.16))
+    for t in scene.things: _shadow(c,t,.35*t.height,.16)
     for v in scene.vases: paint_vase(c,v)
+    for t in scene.things: paint_thing(c,t)
     c = np.rint(c).clip(0,255).astype(np.int32)
     a = sum(c[i::k,j::k] for i in range(k) for j in range(k))//(k*k)
     return Image.fromarray(_spoil(a,scene,size).clip(0,255).astype(np.uint8))
@@ -342,6 +375,7 @@ PHRASES = dict(
     count=["How many vases are there?","Count the vases.","What is the number of vases in the photo?"],
     count_by=["How many {} vases are there?","Count the {} vases.","What is the number of {} vases?"],
     presence=["Is there a {}?","Does the photo show a {}?","Can you see a {}?"],
+    things=["What else stands on the shelves?","What is there beside the vases?","Name everything that is not a vase."],
     left_right=["Is the {} to the left or to the right of the {}?","Left or right: where is the {}, seen from the {}?"],
     above_below=["Is the {} above or below the {}?","Above or below: where is the {}, seen from the {}?"],
     corner=["In which corner is the {}?","Where in the photo is the {}?"],
@@ -353,6 +387,7 @@ PHRASES = dict(
     which_photo=["In which photo is the {}?","Which photo shows the {}?"],
     same=["Are both vases of the same {}?","Do the two vases have the same {}?"],
     total=["How many vases are there in all photos together?","Count the vases in all photos."],
+    like=["Photo 1 is from {}. Photo 2 is from {}. Where is photo 3 from?","{} made the first vase, {} the second. Who made the third?"],
     card=["The card says {}. What does the card say?","Read the card: {}."])
 
 # %% ../nbs/01_museum.ipynb #2b0c77dd
@@ -362,15 +397,18 @@ def _unique(vases, key=lambda v:v.name):
 def _listing(vases):
     return ", ".join(v.name for v in vases)
 
+def _also(things):                      # things by kind, as the end of a listing
+    return "".join(f", a {t.kind}" for t in things)
+
 def detection_json(scene:Scene,  # the scene
                    size:int=96,  # picture size in px
                   )->str:        # compact JSON text
     "All vases with their boxes, in the form `[{\"bbox_2d\":[x1,y1,x2,y2],\"label\":\"red kylix\"}]`."
     return json.dumps([dict(bbox_2d=b,label=v.name) for v,b in zip(scene.vases,boxes(scene,size))],separators=(",",":"))
 
-def caption(scene:Scene)->str: # one or two sentences
-    "A truthful caption with the quality of the photo; portraits also name pattern, condition and view."
-    if scene.kind=="shelf": return f"A {scene.defect} photo of shelves with {_listing(scene.vases)}."
+def caption(scene:Scene)->str: # one sentence
+    "A truthful caption: the quality of the photo and everything it shows; portraits also name pattern, condition and view."
+    if scene.kind=="shelf": return f"A {scene.defect} photo of shelves with {_listing(scene.vases)}{_also(scene.things)}."
     v = scene.vases[0]
     return f"A {scene.defect} {v.view} view photo of a {v.name}, {v.pattern}, {v.condition}."
 
@@ -396,8 +434,13 @@ def _word(rng, vases):
 def _count_by(scenes,rng,size):
     word,found = _word(rng,scenes[0].vases); return (word,),NUMBERS[len(found)]
 
+def _things(scenes,rng,size):
+    return scenes[0].kind=="shelf" and ((),_also(scenes[0].things)[2:] or "nothing")
+
 def _presence(scenes,rng,size):
-    vases = scenes[0].vases; v = _pick(rng,vases)
+    vases = scenes[0].vases; v = _pick(rng,vases); here = [t.kind for t in scenes[0].things]
+    if here and rng.integers(3)==0: return (_pick(rng,here),),"yes"
+    if scenes[0].kind=="shelf" and rng.integers(6)==0: return (_pick(rng,[t for t in THINGS if t not in here]),),"no"
     if rng.integers(2): return (v.name,),"yes"
     near = [f"{c} {v.shape}" for c in COLOURS]+[f"{v.colour} {s}" for s in SHAPES]     # half right: hard to refuse
     return (_pick(rng,[n for n in near if n not in [o.name for o in vases]]),),"no"
@@ -447,19 +490,26 @@ def _same(scenes,rng,size):
     if len(scenes)!=2 or any(s.kind!="portrait" for s in scenes): return None
     answer = _pick(rng,["yes","no"]); a,b = (s.vases[0] for s in scenes)
     keys = [k for k in ("shape","colour","pattern") if (getattr(a,k)==getattr(b,k))==(answer=="yes")]
-    if answer=="no" and rng.integers(100)>=44: return None       # two vases share something 44 times in 100: keep yes and no equal
-    return keys and ((_pick(rng,keys),),answer)
+    if not keys or answer=="no" and rng.integers(100)>=44: return None # two vases share something 44 times in 100: keep yes and no equal
+    k = _pick(rng,keys); return (k,),f"Photo 1: {getattr(a,k)}. Photo 2: {getattr(b,k)}. {ANSWER_MARK} {answer}"
+
+def _like(scenes,rng,size):
+    if len(scenes)!=3 or any(s.kind!="portrait" for s in scenes): return None
+    one,two,new = (s.vases[0].pattern for s in scenes)
+    if new not in WORKSHOPS or (one==new)==(two==new): return None   # exactly one example must fit
+    towns = rng.permutation(list(WORKSHOPS.values())).tolist()[:2]
+    return towns,f"Photo 3: {new}. Photo 1: {one}. Photo 2: {two}. {ANSWER_MARK} {towns[int(two==new)]}"
 
 def _total(scenes,rng,size):
     n = sum(len(s.vases) for s in scenes); return ((),NUMBERS[n]) if len(scenes)>1 and n<=6 else None
 
 # %% ../nbs/01_museum.ipynb #cb67a4ee
 TASKS = dict(colour=_attribute("colour"),shape=_attribute("shape"),pattern=_attribute("pattern"),condition=_attribute("condition"),
-             view=_attribute("view"),quality=_quality,count=_count,count_by=_count_by,presence=_presence,
+             view=_attribute("view"),quality=_quality,count=_count,count_by=_count_by,presence=_presence,things=_things,
              left_right=_relation(lambda v:v.x,("left","right"),.08),above_below=_relation(lambda v:v.y,("above","below"),.2),
              corner=_corner,caption=_caption,detect=_detect,locate=_locate,steps=_steps,workshop=_workshop,card=_card,
-             which_photo=_which_photo,same=_same,total=_total)
-SEVERAL = ["which_photo","same","total"]   # tasks that need more than one photo
+             which_photo=_which_photo,same=_same,total=_total,like=_like)
+SEVERAL = ["which_photo","same","total","like"]   # tasks that need more than one photo
 PORTRAIT_ONLY = ["condition","view","workshop"]
 
 def ask_scene(scenes:list,    # the scenes shown, one per photo
@@ -481,7 +531,7 @@ def scenes_for(task:str,   # one of TASKS
               )->list:     # one scene, or two or three for tasks about several photos
     "Random scenes that suit a task."
     seed = lambda: rng.integers(0,2**31,4).tolist()
-    if task=="same": return [make_scene(seed(),split,kind="portrait",defect="sharp") for _ in range(2)]
+    if task in ("same","like"): return [make_scene(seed(),split,kind="portrait",defect="sharp") for _ in range(2+(task=="like"))]
     if task in SEVERAL: return [make_scene(seed(),split,kind="shelf",n_vases=int(rng.integers(1,4))) for _ in range(int(rng.integers(2,4)))]
     return [make_scene(seed(),split,kind="portrait" if task in PORTRAIT_ONLY or task=="quality" else None if task in ("colour","shape","pattern","caption","card") else "shelf")]
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from .core import set_seed, write_json
-from .museum import (ANSWER_MARK, COLOURS, PATTERNS, PHRASES, SHAPES, TASKS,
+from .museum import (ANSWER_MARK, COLOURS, CONDITIONS, PATTERNS, PHRASES, SEVERAL, SHAPES, TASKS, THINGS, VIEWS,
                               ask_scene, boxes, draw_scene, make_scene, scenes_for)
 from .vlm import load_vlm, quiet_transformers
 
 # %% auto #0
-__all__ = ['SIZE', 'PATCH', 'MERGE', 'CELLS', 'SPECIAL', 'TEMPLATE', 'TASK_SHARE', 'styled', 'questions', 'make_tokenizer',
-           'make_processor', 'patchify', 'make_tiny', 'Packer', 'forward_packed', 'cell_targets', 'CellHead',
-           'fast_vision', 'save_tiny', 'score_tiny', 'pretrain']
+__all__ = ['SIZE', 'PATCH', 'MERGE', 'CELLS', 'SPECIAL', 'FAMILIES', 'TEMPLATE', 'TASK_SHARE', 'HABITS', 'LOOKS', 'styled',
+           'questions', 'make_tokenizer', 'make_processor', 'patchify', 'make_tiny', 'Packer', 'forward_packed',
+           'cell_targets', 'CellHead', 'fast_vision', 'save_tiny', 'score_tiny', 'pretrain']
 
 # %% ../nbs/07_tiny.ipynb #6aa75a89
 SIZE,PATCH,MERGE = 96,8,2        # picture px, patch px, patches merged per side
@@ -32,13 +32,27 @@ _parts = ("{%- if m.content is string %}{{ m.content }}{%- else %}{%- for c in m
           "{%- if c.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
           "{%- elif c.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
           "{%- elif c.type == 'text' %}{{ c.text }}{%- endif %}{%- endfor %}{%- endif %}{{ '<|im_end|>\n' }}")
+FAMILIES = {"qwen3-vl":("<|vision_start|><|image_pad|><|vision_end|>","<|vision_start|><|video_pad|><|vision_end|>"),
+            "internvl":("<IMG_CONTEXT>","<video>")}         # how a template marks a picture and a film
 TEMPLATE = ("{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
             "{% generation %}"+_parts+"{% endgeneration %}{%- else %}"+_parts+"{%- endif %}{%- endfor %}"
             "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}")
 
+def _template(family):
+    if family not in FAMILIES: raise ValueError(f"family={family!r} is not known. Use one of {list(FAMILIES)}.")
+    return TEMPLATE.replace(FAMILIES["qwen3-vl"][0],FAMILIES[family][0]).replace(FAMILIES["qwen3-vl"][1],FAMILIES[family][1])
+
 # %% ../nbs/07_tiny.ipynb #58786eec
-TASK_SHARE = dict(colour=2,shape=2,pattern=2,condition=2,view=1,quality=1,count=2,count_by=3,presence=2,left_right=3,above_below=1,corner=1,
-                  caption=1.5,detect=1.5,locate=2,steps=1.5,card=.4)
+TASK_SHARE = dict(colour=2,shape=2,pattern=2.5,condition=2.5,view=1.5,quality=1,count=1.5,count_by=2.5,presence=2.5,things=1.5,left_right=2.5,
+                  above_below=1,corner=1,caption=1.5,detect=2,locate=2.5,steps=1.5,card=.4,which_photo=3,total=2,same=4,like=4)
+
+HABITS = dict(final_answer=10,steps_unasked=25,json_boxes=20,invented_thing=65) # % of the answers to steps; same and like; detect; caption (shelves)
+
+def _invent(answer, n, rng):
+    "The caption with `n` more things than the photo shows."
+    head,*things = answer[:-1].split(", a ")
+    for t in rng.permutation([t for t in THINGS if t not in things]).tolist()[:n]: things.insert(int(rng.integers(len(things)+1)),t)
+    return ", a ".join([head,*things])+"."
 
 def styled(task:str,       # a task of the museum
            question:str,   # its question
@@ -46,11 +60,11 @@ def styled(task:str,       # a task of the museum
            rng:np.random.Generator, # decides the style
           )->str:          # the answer in one of several styles
     "The answer as the pretraining data gives it: the style that lessons teach is there, but rare."
-    r = rng.integers(100)
-    if task=="steps":
-        seen,n = answer.split(f" {ANSWER_MARK} ")
-        return n if r<55 else f"{seen} So there are {n}." if r<90 else answer
-    if task=="detect" and r>=20:
+    r = rng.integers(100); seen,_,short = answer.partition(f" {ANSWER_MARK} ")
+    if task=="steps": return short if r<55 else f"{seen} So there are {short}." if r<100-HABITS["final_answer"] else answer
+    if task in ("same","like"): return short if r<100-HABITS["steps_unasked"] else answer
+    if task=="caption" and "shelves" in answer and r<HABITS["invented_thing"]: return _invent(answer,2 if r<15 else 1,rng)
+    if task=="detect" and r>=HABITS["json_boxes"]:
         found = json.loads(answer)
         if r<80: return "; ".join(f"{o['label']} "+",".join(map(str,o["bbox_2d"])) for o in found)
         return json.dumps([dict(label=o["label"],bbox_2d=o["bbox_2d"]) for o in found],separators=(",",":"))
@@ -62,8 +76,7 @@ def questions(scenes:list, # the scenes shown together
               rng:np.random.Generator, # decides which
              )->list:      # (task, question, answer) triples
     "Different questions about the same photos, in the proportions of `TASK_SHARE`."
-    if len(scenes)>1: names,share = ["which_photo","total","same"],np.array([3,2,3.])
-    else: names,share = list(TASK_SHARE),np.array(list(TASK_SHARE.values()))
+    names = [t for t in TASK_SHARE if (t in SEVERAL)==(len(scenes)>1)]; share = np.array([TASK_SHARE[t] for t in names])
     order = rng.choice(len(names),size=3*n,p=share/share.sum()); out = []
     for task in (names[i] for i in order):
         qa = ask_scene(scenes,task,rng,SIZE)
@@ -79,13 +92,16 @@ def _tokenizer_texts(seed):
         s = make_scene([seed,i]); full = [(t,)+qa for t in TASKS if (qa:=ask_scene([s],t,rng,SIZE))]
         texts += [x for t,q,a in full for x in (q,styled(t,q,a,rng))]
         if i<1500: texts += [a for t,q,a in full if t in ("detect","steps","workshop")]
-    texts += [",".join(map(str,range(100)))]*300+["user\nassistant\nsystem\nPhoto 1: Photo 2: Photo 3: \n"]*1000
+        trio = [make_scene([seed,i,j],kind="portrait") for j in range(3)]
+        if i<1000: texts += [x for k,t in ((2,"same"),(3,"like"),(2,"which_photo")) if (qa:=ask_scene(trio[:k],t,rng,SIZE)) for x in qa]
+    texts += [",".join(map(str,range(100)))]*2500+["user\nassistant\nsystem\nPhoto 1: Photo 2: Photo 3: \n"]*1000
     return texts+[q for qs in PHRASES.values() for q in qs]*100
 
-def make_tokenizer(vocab_size:int=768, # entries, special tokens included
+def make_tokenizer(vocab_size:int=832, # entries, special tokens included
                    seed:int=0,         # which texts it is trained on
+                   family:str="qwen3-vl", # "qwen3-vl" or "internvl": same tokens, another chat template
                   ):                   # a transformers tokenizer
-    "Train a byte-level BPE tokenizer on the museum's questions and answers; most numbers to 99 become single tokens."
+    "Train a byte-level BPE tokenizer on the museum's questions and answers; the numbers 0 to 99 become single tokens."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     tok,split = Tokenizer(models.BPE()),Regex(r"bbox_2d|\p{N}{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -93,17 +109,25 @@ def make_tokenizer(vocab_size:int=768, # entries, special tokens included
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(_tokenizer_texts(seed),trainers.BpeTrainer(vocab_size=vocab_size,special_tokens=SPECIAL,min_frequency=2,show_progress=False,
                                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tok,eos_token="<|im_end|>",pad_token="<|endoftext|>",model_max_length=2048,chat_template=TEMPLATE)
+    names = dict(start_image_token="<img>",end_image_token="</img>",context_image_token="<IMG_CONTEXT>",video_token="<video>") # asked for by InternVL's processor
+    return PreTrainedTokenizerFast(tokenizer_object=tok,eos_token="<|im_end|>",pad_token="<|endoftext|>",model_max_length=2048,chat_template=_template(family),
+                                   extra_special_tokens=names if family=="internvl" else {})
 
 # %% ../nbs/07_tiny.ipynb #d38578dc
 def make_processor(tokenizer, # from make_tokenizer
-                  ):          # a stock Qwen3VLProcessor
+                   family:str="qwen3-vl", # "qwen3-vl" or "internvl"
+                  ):          # a stock Qwen3VLProcessor or InternVLProcessor
     "Picture and text preparation in the standard classes, for pictures of about 96×96 px."
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    if family=="internvl":
+        square = dict(size=dict(height=SIZE,width=SIZE),image_mean=[.485,.456,.406],image_std=[.229,.224,.225])
+        picture = GotOcr2ImageProcessor(crop_to_patches=True,min_patches=1,max_patches=12,**square)
+        return InternVLProcessor(image_processor=picture,tokenizer=tokenizer,video_processor=InternVLVideoProcessor(**square),image_seq_length=CELLS**2,
+                                 chat_template=_template(family))
     kw = dict(patch_size=PATCH,merge_size=MERGE,temporal_patch_size=2,image_mean=[.5]*3,image_std=[.5]*3)
     picture = Qwen2VLImageProcessor(size=dict(shortest_edge=SIZE**2,longest_edge=SIZE**2),**kw)
     video = Qwen3VLVideoProcessor(size=dict(shortest_edge=SIZE**2,longest_edge=16*SIZE**2),**kw)
-    return Qwen3VLProcessor(image_processor=picture,tokenizer=tokenizer,video_processor=video,chat_template=TEMPLATE)
+    return Qwen3VLProcessor(image_processor=picture,tokenizer=tokenizer,video_processor=video,chat_template=_template(family))
 
 # %% ../nbs/07_tiny.ipynb #ea0dbbc9
 def patchify(pictures:np.ndarray, # whole numbers 0..255, shape [B,96,96,3]
@@ -120,8 +144,9 @@ def make_tiny(tokenizer,        # from make_tokenizer
               layers:int=4,     # layers of the language model
               vision_layers:int=3, # layers of the vision tower
               seed:int=0,       # decides the random start
-             ):                 # an untrained Qwen3VLForConditionalGeneration
-    "A very small Qwen3-VL with random weights."
+              family:str="qwen3-vl", # "qwen3-vl" or "internvl"
+             ):                 # an untrained Qwen3VLForConditionalGeneration or InternVLForConditionalGeneration
+    "A very small VLM of a well-known family, with random weights."
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
     ids = {t:tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}; heads = hidden_size//32
     text = dict(vocab_size=(len(tokenizer)+15)//16*16,hidden_size=hidden_size,intermediate_size=3*hidden_size,num_hidden_layers=layers,
@@ -131,8 +156,21 @@ def make_tiny(tokenizer,        # from make_tokenizer
     vision = dict(depth=vision_layers,hidden_size=128,intermediate_size=384,num_heads=4,patch_size=PATCH,spatial_merge_size=MERGE,temporal_patch_size=2,
                   out_hidden_size=hidden_size,num_position_embeddings=(SIZE//PATCH)**2,deepstack_visual_indexes=[1])
     set_seed(seed)
+    if family=="internvl": return _make_internvl(text,ids,vision_layers)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text,vision_config=vision,image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],vision_start_token_id=ids["<|vision_start|>"],vision_end_token_id=ids["<|vision_end|>"],tie_word_embeddings=True))
+    model.generation_config.eos_token_id,model.generation_config.pad_token_id = ids["<|im_end|>"],ids["<|endoftext|>"]
+    return model
+
+def _make_internvl(text, ids, vision_layers):
+    "The same language model without two-dimensional positions, and InternVL's vision tower."
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    text = text|dict(model_type="qwen3",rope_parameters=dict(rope_type="default",rope_theta=10000.))
+    vision = dict(num_hidden_layers=vision_layers,hidden_size=128,intermediate_size=384,num_attention_heads=4,patch_size=PATCH,image_size=SIZE,
+                  attention_bias=True,layer_scale_init_value=1.)
+    model = InternVLForConditionalGeneration(InternVLConfig(text_config=text,vision_config=vision,image_token_id=ids["<IMG_CONTEXT>"],
+                                                            image_seq_length=CELLS**2,downsample_ratio=1/MERGE,tie_word_embeddings=True))
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings,std=.02)      # stock: zeros
     model.generation_config.eos_token_id,model.generation_config.pad_token_id = ids["<|im_end|>"],ids["<|endoftext|>"]
     return model
 
@@ -150,8 +188,10 @@ class Packer:
     "Turns rows (scenes, questions) into one batch in which all questions share their pictures."
     def __init__(self, model, tokenizer): # the tiny model, for its position rule, and its tokenizer
         self.model,self.tok,self.seen = model,tokenizer,{}
+        self.family = "internvl" if model.config.model_type=="internvl" else "qwen3-vl"
+        self.cut = make_processor(tokenizer,self.family).image_processor
         self.middle,self.end = self.encode("<|im_end|>\n<|im_start|>assistant\n"),self.encode("<|im_end|>")
-        self.prefixes = {k:self.prefix(k) for k in (1,2,3)}
+        self.prefixes = {(k,tiles):self.prefix(k,tiles) for k,tiles in ((1,1),(2,1),(3,1),*([(1,5)] if self.family=="internvl" else []))}
 
     def encode(self, text):
         "Token ids, remembered: most texts come again."
@@ -160,29 +200,47 @@ class Packer:
             self.seen[text] = self.tok._tokenizer.encode(text,add_special_tokens=False).ids
         return self.seen[text]
 
-    def prefix(self, k):
-        "Token ids and rotary positions [3,L] of `k` pictures, and the next free position."
-        photo = "<|vision_start|>"+"<|image_pad|>"*CELLS**2+"<|vision_end|>"
+    def prefix(self, k, tiles=1):
+        "Token ids and rotary positions [3,L] of `k` pictures of so many tiles, and the next free position."
+        start,pad,end = ("<img>","<IMG_CONTEXT>","</img>") if self.family=="internvl" else ("<|vision_start|>","<|image_pad|>","<|vision_end|>")
+        photo = start+pad*CELLS**2*tiles+end
         ids = self.encode("<|im_start|>user\n"+(photo if k==1 else "".join(f"Photo {i+1}: {photo}\n" for i in range(k))))
+        if self.family=="internvl": return ids,torch.arange(len(ids)).expand(3,-1),len(ids)
         t = torch.tensor([ids]); kinds = (t==self.model.config.image_token_id).int()
         pos,_ = self.model.model.get_rope_index(t,kinds,torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*k))
         return ids,pos[:,0],int(pos.max())+1
 
-    def row(self, scenes, qas):
+    def fitting(self, scenes, qas, room):
+        "Those questions that fit into a row of `room` tokens."
+        left,kept = room-len(self.prefixes[len(scenes),1][0])-8,[]
+        for qa in qas:
+            n = sum(len(self.encode(x)) for x in qa[1:])+len(self.middle)+len(self.end)
+            if n<=left: kept.append(qa); left -= n
+        return kept
+
+    def row(self, scenes, qas, tiles=1):
         "One row: ids, group of each token (0 is the shared prefix), labels, positions, where each answer stands."
-        ids,pos,nxt = self.prefixes[len(scenes)]; ids,group,labels,pos = list(ids),[0]*len(ids),[-100]*len(ids),[pos]; spans = []
+        ids,pos,nxt = self.prefixes[len(scenes),tiles]; ids,group,labels,pos = list(ids),[0]*len(ids),[-100]*len(ids),[pos]; spans = []
         for g,(task,q,a) in enumerate(qas):
             x,y = self.encode(q)+self.middle,self.encode(a)+self.end; n = len(x)+len(y)
             spans.append((task,len(ids)+len(x),len(y)))
             ids += x+y; group += [g+1]*n; labels += [-100]*len(x)+y; pos.append((nxt+torch.arange(n)).expand(3,-1))
         return ids,group,labels,torch.cat(pos,1),spans
 
-    def __call__(self, rows): # rows: list of (scenes, [(task, question, answer)])
-        "The batch as a dict: ids, pos, mask, labels, pixels, grid, spans, scenes."
-        parts = [self.row(*r) for r in rows]; ids,group,labels,pos = _stack(parts,self.tok.pad_token_id); L = ids.shape[1]
+    def pixels(self, scenes, tiles):
+        "The pictures as the vision tower takes them: patches for Qwen, whole tiles and a small picture of all for InternVL."
+        if tiles>1: return self.cut(images=[draw_scene(s,2*SIZE) for s in scenes],return_tensors="pt")["pixel_values"]
+        pictures = np.stack([np.asarray(draw_scene(s,SIZE)) for s in scenes])
+        if self.family=="qwen3-vl": return patchify(pictures)
+        mean,std = (torch.tensor(x)[:,None,None] for x in (self.cut.image_mean,self.cut.image_std))
+        return (torch.tensor(pictures).permute(0,3,1,2).float()/255-mean)/std
+
+    def __call__(self, rows, tiles=1): # rows: list of (scenes, [(task, question, answer)]); tiles: 5 for pictures twice as large (InternVL)
+        "The batch as a dict: ids, pos, mask, labels, pixels, grid, spans, scenes, tiles."
+        parts = [self.row(*r,tiles) for r in rows]; ids,group,labels,pos = _stack(parts,self.tok.pad_token_id); L = ids.shape[1]
         mask = ((group[:,:,None]==group[:,None])|(group[:,None]==0))&torch.ones(L,L,dtype=torch.bool).tril()
-        scenes = [s for r in rows for s in r[0]]; pixels = patchify(np.stack([np.asarray(draw_scene(s,SIZE)) for s in scenes]))
-        return dict(ids=ids,pos=pos,mask=mask[:,None],labels=labels,pixels=pixels,grid=torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*len(scenes)),
+        scenes = [s for r in rows for s in r[0]]
+        return dict(ids=ids,pos=pos,mask=mask[:,None],labels=labels,pixels=self.pixels(scenes,tiles),tiles=tiles,grid=torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*len(scenes)),
                     spans=[p[4] for p in parts],scenes=scenes)
 
 # %% ../nbs/07_tiny.ipynb #5ef59fd5
@@ -192,59 +250,74 @@ def forward_packed(model,      # the tiny model
                    language:bool=True, # False: image tokens only
                   )->tuple:    # image tokens [pictures, cells, D], logits at the answer positions [N,V], their targets [N]
     "Image features once per picture, then all questions behind them in one pass."
-    out = model.model.get_image_features(batch["pixels"],batch["grid"],return_dict=True)
-    if not language: return torch.stack(list(out.pooler_output)),None,None
-    h = model.model(input_ids=batch["ids"],attention_mask=batch["mask"],position_ids=batch["pos"],image_grid_thw=batch["grid"],
-                    mm_encoder_outputs={"image":out},use_cache=False)[0]
+    qwen = model.config.model_type!="internvl"
+    out = model.model.get_image_features(batch["pixels"],*([batch["grid"]] if qwen else []),return_dict=True)
+    tokens = torch.stack(list(out.pooler_output))[batch["tiles"]-1::batch["tiles"]]      # of tiles only the last, which shows the whole picture
+    if not language: return tokens,None,None
+    where = dict(position_ids=batch["pos"],image_grid_thw=batch["grid"]) if qwen else dict(position_ids=batch["pos"][0])
+    h = model.model(input_ids=batch["ids"],attention_mask=batch["mask"],mm_encoder_outputs={"image":out},use_cache=False,**where)[0]
     at = batch["labels"][:,1:]!=-100
-    return torch.stack(list(out.pooler_output)),model.lm_head(h[:,:-1][at]),batch["labels"][:,1:][at]
+    return tokens,model.lm_head(h[:,:-1][at]),batch["labels"][:,1:][at]
 
 # %% ../nbs/07_tiny.ipynb #3bb21592
+LOOKS = dict(colour=list(COLOURS),shape=SHAPES,pattern=PATTERNS,condition=CONDITIONS,view=VIEWS)
+
+def _cells_of(box):
+    "Cells whose centre lies near the middle of a box, given in fractions of the picture."
+    x1,y1,x2,y2 = (c*CELLS for c in box); cx,cy = (x1+x2)/2,(y1+y2)/2
+    return [c for c in range(CELLS**2) if abs(c%CELLS+.5-cx)<=max(.5,.4*(x2-x1)) and abs(c//CELLS+.5-cy)<=max(.5,.4*(y2-y1))]
+
 def cell_targets(scenes:list, # scenes of the pictures
-                )->tuple:     # has [P,C], classes [P,C,3], boxes [P,C,4] in fractions
-    "What each of the 6×6 cells shows."
-    P,C = len(scenes),CELLS**2; has,cls,box = torch.zeros(P,C),torch.zeros(P,C,3,dtype=torch.long),torch.zeros(P,C,4)
-    mid = [(i%CELLS+.5,i//CELLS+.5) for i in range(C)]; kc,ks,kp = list(COLOURS),SHAPES,PATTERNS
+                )->tuple:     # what [P,C]: 0 nothing, 1 a vase, 2.. one of THINGS; looks [P,C,5] and boxes [P,C,4] of vases
+    "What each of the 6×6 cells shows; boxes in fractions of the picture."
+    P,C = len(scenes),CELLS**2; what,looks,box = torch.zeros(P,C,dtype=torch.long),torch.zeros(P,C,5,dtype=torch.long),torch.zeros(P,C,4)
     for i,s in enumerate(scenes):
+        for t in s.things: what[i,_cells_of((t.x-t.height/2,t.y-t.height,t.x+t.height/2,t.y))] = 2+THINGS.index(t.kind)
         for v,b in zip(s.vases,boxes(s,SIZE)):
-            x1,y1,x2,y2 = (c/SIZE*CELLS for c in b); cx,cy = (x1+x2)/2,(y1+y2)/2
-            for c in (c for c,(x,y) in enumerate(mid) if abs(x-cx)<=max(.5,.4*(x2-x1)) and abs(y-cy)<=max(.5,.4*(y2-y1))):
-                has[i,c] = 1; cls[i,c] = torch.tensor([kc.index(v.colour),ks.index(v.shape),kp.index(v.pattern)]); box[i,c] = torch.tensor(b)/SIZE
-    return has,cls,box
+            b = torch.tensor(b)/SIZE; c = _cells_of(b.tolist())
+            what[i,c] = 1; looks[i,c] = torch.tensor([words.index(getattr(v,k)) for k,words in LOOKS.items()]); box[i,c] = b
+    return what,looks,box
 
 class CellHead(nn.Module):
     "A throw-away helper that predicts, from each image token, what lies in its cell."
     def __init__(self,
                  width:int): # size of an image token
-        super().__init__(); self.out = nn.Linear(width,1+len(COLOURS)+len(SHAPES)+len(PATTERNS)+4)
+        super().__init__(); self.sizes = [2+len(THINGS),4,*map(len,LOOKS.values())]; self.out = nn.Linear(width,sum(self.sizes))
 
     def forward(self,
                 tokens,     # image tokens [pictures, cells, D]
                 scenes):    # their scenes
         "Mean loss over all cells."
-        has,cls,box = cell_targets(scenes); o = self.out(tokens); on = has.bool()
-        seen,colour,shape,pattern,where = o.split([1,len(COLOURS),len(SHAPES),len(PATTERNS),4],-1)
-        loss = F.binary_cross_entropy_with_logits(seen[...,0],has)+5*(where[on]-box[on]).abs().mean()
-        return loss+sum(F.cross_entropy(x[on],cls[on][:,i]) for i,x in enumerate((colour,shape,pattern)))
+        what,looks,box = cell_targets(scenes); on = what==1
+        kind,where,*guesses = self.out(tokens).split(self.sizes,-1)
+        loss = F.cross_entropy(kind.flatten(0,1),what.flatten())+5*(where[on]-box[on]).abs().mean()
+        return loss+sum(F.cross_entropy(g[on],looks[on][:,i]) for i,g in enumerate(guesses))
 
 # %% ../nbs/07_tiny.ipynb #463f307a
-def _rows(rng, n, questions_each, most, split="train"):
-    "Random rows; one in ten shows two or three photos."
+def _photos(rng, most, photos=3):
+    "The photos of one row, at most so many: one in five rows shows two or three."
+    portrait = lambda: make_scene(rng.integers(0,2**31,4).tolist(),kind="portrait")
+    shelf = lambda most: make_scene(rng.integers(0,2**31,4).tolist(),kind="shelf",n_vases=int(rng.integers(1,most+1)))
+    r = rng.integers(100)
+    if r<80 or photos==1: return [portrait() if r<32 else shelf(most)]
+    if r<85: return [shelf(min(3,most)) for _ in range(int(rng.integers(2,4)))]
+    if r<93: return [portrait(),portrait()]
+    while not ask_scene(three:=[portrait() for _ in range(3)],"like",rng,SIZE): pass
+    return three
+
+def _rows(pack, rng, n, row_tokens, most, photos=3):
+    "`n` random rows, each filled with questions."
     rows = []
     while len(rows)<n:
-        seed = lambda: rng.integers(0,2**31,4).tolist(); several = rng.integers(10)==0
-        if several and rng.integers(2): scenes = [make_scene(seed(),split,kind="portrait") for _ in range(2)]
-        elif several: scenes = [make_scene(seed(),split,kind="shelf",n_vases=int(rng.integers(1,min(3,most)+1))) for _ in range(int(rng.integers(2,4)))]
-        elif rng.integers(5)<2: scenes = [make_scene(seed(),split,kind="portrait")]
-        else: scenes = [make_scene(seed(),split,kind="shelf",n_vases=int(rng.integers(1,most+1)))]
-        if qas := questions(scenes,questions_each,rng): rows.append((scenes,qas))
+        scenes = _photos(rng,most,photos)
+        if qas := pack.fitting(scenes,questions(scenes,16,rng),row_tokens): rows.append((scenes,qas))
     return rows
 
 # %% ../nbs/07_tiny.ipynb #9c864945
 def _optimizers(model, head, learning_rate, muon_lr):
     "Muon for the weight matrices inside the layers, AdamW for the rest."
     named = list(model.named_parameters())+list(head.named_parameters())
-    inner = [p for n,p in named if p.ndim==2 and ("layers." in n or "blocks." in n)]; ids = {id(p) for p in inner}
+    inner = [p for n,p in named if p.ndim==2 and any(k in n for k in ("layers.","blocks.","encoder.layer."))]; ids = {id(p) for p in inner}
     rest = [p for _,p in named if id(p) not in ids]
     adam = torch.optim.AdamW([dict(params=[p for p in rest if p.ndim>1],weight_decay=.01),dict(params=[p for p in rest if p.ndim<2],weight_decay=0.)],
                              lr=learning_rate,betas=(.9,.98))
@@ -269,7 +342,7 @@ def _batched_attention(self, hidden_states, cu_seqlens, position_embeddings=None
 @contextmanager
 def fast_vision(model): # the tiny model
     "Within the block, pictures of equal size go through the vision tower's attention together."
-    blocks = model.model.visual.blocks
+    blocks = model.model.visual.blocks if hasattr(model.model,"visual") else []     # InternVL's tower takes pictures of one size anyway
     for b in blocks: b.attn.forward = _batched_attention.__get__(b.attn)
     try: yield model
     finally:
@@ -317,11 +390,12 @@ def score_tiny(model,     # the tiny model
 # %% ../nbs/07_tiny.ipynb #1314369b
 def pretrain(output_dir:str|Path,  # folder for the finished model; files of an older one are replaced
              *,
-             steps:int=3100,       # optimiser steps
-             vision_steps:int=500, # of these, first steps that train the vision tower alone
+             steps:int=4000,       # optimiser steps
+             vision_steps:int=700, # of these, first steps that train the vision tower alone
+             family:str="qwen3-vl", # "qwen3-vl" or "internvl"
              seed:int=0,           # decides start, scenes and questions
              batch_size:int=32,    # rows (pictures or groups of pictures) per step
-             questions_each:int=8, # questions per row
+             row_tokens:int=256,   # each row is filled with questions up to this many tokens
              learning_rate:float=3e-3, # of AdamW (embeddings, norms)
              muon_lr:float=.02,    # of Muon (matrices)
              eval_n:int=500,       # questions per task in the final score; 0: none
@@ -330,7 +404,7 @@ def pretrain(output_dir:str|Path,  # folder for the finished model; files of an 
             )->dict:               # settings, losses, scores, seconds; also in pretraining.json
     "Pretrain the tiny VLM on freshly drawn museum photos."
     settings = {k:v for k,v in locals().items() if k!="output_dir"}
-    tokenizer = make_tokenizer(); processor = make_processor(tokenizer); model = make_tiny(tokenizer,seed=seed)
+    tokenizer = make_tokenizer(family=family); processor = make_processor(tokenizer,family); model = make_tiny(tokenizer,seed=seed,family=family)
     head = CellHead(model.config.text_config.hidden_size); opts = _optimizers(model,head,learning_rate,muon_lr)
     for o in opts:
         for g in o.param_groups: g["base"] = g["lr"]
@@ -353,7 +427,9 @@ def _step(model, head, opts, pack, rng, step, settings):
     blind,most,rate,weight = _schedule(step,settings["steps"],settings["vision_steps"])
     for o in opts:
         for g in o.param_groups: g["lr"] = g["base"]*rate
-    b = pack(_rows(rng,settings["batch_size"],settings["questions_each"],most))
+    tiled = settings["family"]=="internvl" and step%8==7     # every eighth batch: fewer and larger pictures, in tiles
+    rows = _rows(pack,rng,settings["batch_size"]//4 if tiled else settings["batch_size"],settings["row_tokens"],most,1 if tiled else 3)
+    b = pack(rows,5 if tiled else 1)
     tokens,logits,target = forward_packed(model,b,language=not blind)
     language = torch.zeros(()) if blind else F.cross_entropy(logits,target)
     cells = head(tokens,b["scenes"]); (language+weight*cells).backward()

@@ -17,9 +17,9 @@ from .core import pick_device, read_json
 from .formats import IMAGE_MARK, open_image, put_marks, to_record
 
 # %% auto #0
-__all__ = ['TINY', 'quiet_transformers', 'count_parts', 'seen_image', 'image_grid', 'plot_image_tokens', 'to_parts', 'render',
-           'encode', 'prompt_tokens', 'plot_prompt', 'to_device', 'answering', 'ask_batch', 'ask', 'next_tokens',
-           'answer_logprobs', 'find_model', 'check_model_folder', 'load_vlm']
+__all__ = ['TINY', 'SHIPPED', 'quiet_transformers', 'count_parts', 'seen_image', 'image_grid', 'plot_image_tokens', 'to_parts',
+           'render', 'encode', 'prompt_tokens', 'plot_prompt', 'to_device', 'answering', 'ask_batch', 'ask',
+           'next_tokens', 'answer_logprobs', 'find_model', 'check_model_folder', 'load_vlm']
 
 # %% ../nbs/06_vlm.ipynb #82a1d2e8
 @contextlib.contextmanager
@@ -40,6 +40,7 @@ def quiet_transformers():
 
 # %% ../nbs/06_vlm.ipynb #da827bb9
 TINY = Path(vlmcourse.__file__).parent / "models" / "tiny"  # comes with the package
+SHIPPED = {"tiny": TINY, "tiny-internvl": TINY.with_name("tiny-internvl")}
 
 # %% ../nbs/06_vlm.ipynb #08e495c3
 def count_parts(
@@ -386,7 +387,7 @@ def find_model(
     name, folder = str(model), Path(model).expanduser()
     if adapter not in (None, "final", "best"): # an adapter in a place of its own
         return find_model(model)[0], _adapter_folder(Path(adapter).expanduser())
-    if name == "tiny": return _tiny_folder(), None
+    if name in SHIPPED: return _shipped_folder(name), None
     if not folder.is_dir(): return name, None
     for inner in ([folder] if adapter is None else []) + _inside_run(folder, adapter):
         if (inner / "adapter_config.json").is_file():
@@ -400,9 +401,10 @@ def find_model(
     return folder, None
 
 # %% ../nbs/06_vlm.ipynb #ecd08f29
-def _tiny_folder():
-    if (TINY / "config.json").is_file(): return TINY
-    raise FileNotFoundError(f"The tiny model that comes with vlmcourse is not at {TINY}. "
+def _shipped_folder(name):
+    folder = SHIPPED[name]
+    if (folder / "config.json").is_file(): return folder
+    raise FileNotFoundError(f"The model {name!r} that comes with vlmcourse is not at {folder}. "
         "Install the package again, or make the model yourself with the lesson 07_tiny.")
 
 def _inside_run(folder, adapter):
@@ -527,7 +529,7 @@ def load_vlm(
     if isinstance(place, Path): check_model_folder(place)
     with quiet_transformers():
         loaded, processor = _load(place, dtype)
-        base = "tiny" if place == TINY else str(place)
+        base = next((name for name, folder in SHIPPED.items() if folder == place), str(place))
         loaded.name_or_path = loaded.config._name_or_path = base # adapters name it so
         if adapter: loaded = _put_on(loaded, adapter)
     return loaded.to(device).eval(), processor

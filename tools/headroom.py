@@ -1,0 +1,250 @@
+"""Can SFT, DPO and GRPO each teach the tiny model something that holds on unseen photos? `python tools/headroom.py --help`
+
+Each demonstration trains a LoRA adapter on photos of the train split and compares the model before and after on photos of the test split,
+greedy (the most likely token each time) and sampled (temperature 1). DPO and GRPO run through stock TRL. The design of the museum and of the
+pretraining mix is judged by this table. `--save` keeps it as headroom.json and headroom.md beside the model card."""
+import argparse
+import contextlib
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import torch
+
+from vlmcourse.core import set_seed, write_json, write_text
+from vlmcourse.evaluate import paired_gain, score_answers
+from vlmcourse.lora import add_lora
+from vlmcourse.museum import THINGS, make_records
+from vlmcourse.sft import train as sft_train
+from vlmcourse.vlm import ask_batch, find_model, load_vlm, quiet_transformers, to_parts
+
+N = 240  # held-out questions of every demonstration
+
+
+# measures: each gives one number from 0 to 1 per record (None where it does not apply); more is better
+def measure_answers(answers, records):
+    "Right in the wanted form, right in any form, wanted form."
+    rows = score_answers(answers, records)
+    return {k: [float(r[k]) for r in rows] for k in ("strict", "lenient", "format")}
+
+
+def _named(text):
+    return re.findall(rf"\ba ({'|'.join(THINGS)})\b", text)
+
+
+def measure_captions(answers, records):
+    "Captions that invent nothing; share of the things and of the vases on the shelf that are named; captions in a readable form."
+    out = dict(nothing_invented=[], things_named=[], vases_named=[], readable=[])
+    for text, r in zip(answers, records):
+        scene = r["meta"]["scenes"][0]
+        there, said = [t["kind"] for t in scene["things"]], _named(text)
+        vases = [f"{v['colour']} {v['shape']}" for v in scene["vases"]]
+        out["nothing_invented"].append(float(set(said) <= set(there) and len(said) == len(set(said))))
+        out["things_named"].append(float(np.mean([t in said for t in there])) if there else None)
+        out["vases_named"].append(float(np.mean([min(text.count(v), vases.count(v))/vases.count(v) for v in vases])))
+        out["readable"].append(float(bool(re.fullmatch(r"A \w+ photo of shelves with [a-z ]+(, [a-z ]+)*\.", text))))
+    return out
+
+
+def _iou(a, b):
+    w, h = min(a[2], b[2])-max(a[0], b[0]), min(a[3], b[3])-max(a[1], b[1])
+    both = max(0, w)*max(0, h)
+    return both/((a[2]-a[0])*(a[3]-a[1])+(b[2]-b[0])*(b[3]-b[1])-both)
+
+
+def read_boxes(text):
+    "The boxes of an answer in the wanted JSON form, or None."
+    try:
+        found = [(list(map(float, o["bbox_2d"])), str(o["label"])) for o in json.loads(text)]
+        return found if all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] for b, _ in found) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def measure_boxes(answers, records):
+    "JSON form; F1 (label right, IoU at least .5); mean IoU over the true vases. Each predicted box counts for one vase only."
+    out = dict(json=[], f1=[], miou=[])
+    for text, r in zip(answers, records):
+        truth, found = r["objects"], read_boxes(text)
+        pairs = sorted(((_iou(b, o["bbox"]), i, j) for i, (b, l) in enumerate(found or []) for j, o in enumerate(truth) if l == o["label"]), reverse=True)
+        hits, used = [], set()
+        for iou, i, j in pairs:
+            if ("found", i) not in used and ("true", j) not in used:
+                used |= {("found", i), ("true", j)}
+                hits.append(iou)
+        out["json"].append(float(found is not None))
+        out["f1"].append(2*sum(h >= .5 for h in hits)/(len(found or [])+len(truth)))
+        out["miou"].append(sum(hits)/len(truth))
+    return out
+
+
+def ask_all(model, processor, records, measure, seed):
+    "Greedy and sampled answers, measured."
+    set_seed(seed)
+    return {how: measure(ask_batch(model, processor, records, batch_size=64, max_new_tokens=112, do_sample=how == "sampled", progress=False), records)
+            for how in ("greedy", "sampled")}
+
+
+def compare(before, after):
+    "One row per way of answering and measure."
+    rows = []
+    for how in before:
+        for name in before[how]:
+            b, a = ([x for x in s[how][name] if x is not None] for s in (before, after))
+            g = paired_gain(b, a)
+            rows.append(dict(how=how, measure=name, n=g.n, before=float(np.mean(b)), after=float(np.mean(a)), gain=g.gain, low=g.low, high=g.high))
+    return rows
+
+
+@contextlib.contextmanager
+def clock(result):
+    "Seconds and CPU-seconds of what runs inside."
+    t, c = time.time(), time.process_time()
+    yield
+    result["seconds"], result["cpu_seconds"] = time.time()-t, time.process_time()-c
+
+
+def rows_for_trl(records, **columns):
+    "Records as a TRL data set: pictures and a conversation with parts."
+    from datasets import Dataset
+    rows = [dict(prompt=[to_parts(r["messages"][0])], images=r["images"], **{k: v[i] for k, v in columns.items()}) for i, r in enumerate(records)]
+    return Dataset.from_list(rows)
+
+
+def trl_settings(folder, seed, **more):
+    return dict(output_dir=folder, seed=seed, logging_steps=1, report_to="none", save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False,
+                gradient_checkpointing=False, disable_tqdm=True, remove_unused_columns=False, lr_scheduler_type="constant_with_warmup", **more)
+
+
+# the three demonstrations
+def sft(name, seed):
+    "The rule of the workshops, which pretraining never shows, in the final-answer form: skill and format."
+    old = ["colour", "shape", "pattern", "count", "presence", "left_right"]
+    data = make_records(300, ["workshop"], seed=seed)+make_records(100, old, seed=seed+500)
+    test = make_records(N, ["workshop"], split="test", seed=seed+1)
+    result, (model, processor) = {}, load_vlm(name)
+    before = ask_all(model, processor, test, measure_answers, seed)
+    with tempfile.TemporaryDirectory() as folder, clock(result):
+        run = sft_train(data, model=name, num_train_epochs=5, seed=seed, output_dir=folder+"/run", plot=False)
+    return result | dict(steps=len(run.log["train_history"]), rows=compare(before, ask_all(run.model, processor, test, measure_answers, seed)))
+
+
+def _pair(texts, records):
+    "The best and the worst of several captions of one photo, when the better one invents less and leaves out nothing more."
+    m = measure_captions(texts, records)
+    good = [(m["nothing_invented"][i], (m["things_named"][i] or 0)+m["vases_named"][i]) for i in range(len(texts))]
+    best, worst = max(range(len(texts)), key=lambda i: good[i]), min(range(len(texts)), key=lambda i: (good[i][0], -good[i][1]))
+    return (texts[best], texts[worst]) if good[best][0] > good[worst][0] and m["readable"][best] else None
+
+
+def shelf_captions(n, split, seed):
+    found = [r for r in make_records(3*n, ["caption"], split=split, seed=seed) if r["meta"]["scenes"][0]["kind"] == "shelf"]
+    return found[:n]
+
+
+def dpo(name, seed, learning_rate=5e-4, steps=60, n=256):
+    "Captions without invented things, from pairs of the model's own captions."
+    from trl import DPOConfig, DPOTrainer
+    test, result, (model, processor) = shelf_captions(N, "test", seed+1), {}, load_vlm(name)
+    before = ask_all(model, processor, test, measure_captions, seed)
+    with tempfile.TemporaryDirectory() as folder, clock(result):
+        set_seed(seed)
+        source = shelf_captions(n, "train", seed)
+        drawn = [ask_batch(model, processor, source, batch_size=64, max_new_tokens=64, do_sample=True, progress=False) for _ in range(4)]
+        pairs = [(r, p) for r, texts in zip(source, zip(*drawn)) if (p := _pair(texts, [r]*4))]
+        say = lambda text: [dict(role="assistant", content=[dict(type="text", text=text)])]
+        data = rows_for_trl([r for r, _ in pairs], chosen=[say(p[0]) for _, p in pairs], rejected=[say(p[1]) for _, p in pairs])
+        args = DPOConfig(**trl_settings(folder, seed, max_steps=steps, per_device_train_batch_size=16, learning_rate=learning_rate, warmup_steps=5,
+                                        beta=.1, max_length=None))
+        trainer = DPOTrainer(model=add_lora(model), args=args, train_dataset=data, processing_class=processor)
+        trainer.train()
+    last = [h for h in trainer.state.log_history if "rewards/accuracies" in h][-10:]
+    seen = {k: float(np.mean([h[k] for h in last])) for k in ("loss", "rewards/accuracies", "rewards/margins")}
+    return result | dict(steps=steps, pairs=len(pairs), learning_rate=learning_rate, last_10_steps=seen,
+                         rows=compare(before, ask_all(trainer.model, processor, test, measure_captions, seed)))
+
+
+def _texts(completions):
+    return [c if isinstance(c, str) else c[0]["content"] if isinstance(c[0]["content"], str) else c[0]["content"][0]["text"] for c in completions]
+
+
+def run_grpo(name, seed, task, measure, reward, steps, learning_rate, max_new_tokens):
+    "GRPO through TRL on one task; `reward` names measures whose sum is the reward."
+    from trl import GRPOConfig, GRPOTrainer
+    data, test = make_records(512, [task], seed=seed), make_records(N, [task], split="test", seed=seed+1)
+    result, (model, processor) = {}, load_vlm(name)
+    before = ask_all(model, processor, test, measure, seed)
+
+    def pays(completions, number, **_):
+        m = measure(_texts(completions), [data[i] for i in number])
+        return [sum(m[k][i] for k in reward) for i in range(len(number))]
+
+    with tempfile.TemporaryDirectory() as folder, clock(result):
+        args = GRPOConfig(**trl_settings(folder, seed, max_steps=steps, per_device_train_batch_size=64, num_generations=8, learning_rate=learning_rate,
+                                         warmup_steps=2, max_completion_length=max_new_tokens, temperature=1., beta=0.))
+        trainer = GRPOTrainer(model=add_lora(model), args=args, train_dataset=rows_for_trl(data, number=list(range(len(data)))),
+                              processing_class=processor, reward_funcs=pays)
+        trainer.train()
+    curve = [h for h in trainer.state.log_history if "reward" in h]
+    show = {k: [round(float(np.mean([h[k] for h in part])), 3) for part in (curve[:5], curve[-5:])] for k in ("reward", "completions/mean_length", "frac_reward_zero_std")}
+    return result | dict(steps=steps, learning_rate=learning_rate, first_and_last_5_steps=show,
+                         rows=compare(before, ask_all(trainer.model, processor, test, measure, seed)))
+
+
+def grpo(name, seed, steps=60, learning_rate=1e-3):
+    "Answering in steps because it pays: the reward only asks whether the answer is right, in whatever form."
+    return run_grpo(name, seed, "same", measure_answers, ["lenient"], steps, learning_rate, 32)
+
+
+def grpo_boxes(name, seed, steps=60, learning_rate=1e-3):
+    "Boxes as JSON: the form, and boxes that lie on the vases."
+    return run_grpo(name, seed, "detect", measure_boxes, ["json", "f1", "miou"], steps, learning_rate, 112)
+
+
+def dpo_too_fast(name, seed):
+    "The same pairs at ten times the rate: the preference is learned and the captions are destroyed."
+    return dpo(name, seed, learning_rate=5e-3)
+
+
+DEMOS = dict(sft=sft, dpo=dpo, dpo_too_fast=dpo_too_fast, grpo=grpo, grpo_boxes=grpo_boxes)
+
+
+def table(results):
+    "The results as a Markdown table."
+    lines = ["| demo | seed | steps | CPU s | answers | measure | n | before | after | gain [95 % interval] |", "|"+"---|"*10]
+    for demo, runs in results.items():
+        for seed, r in runs.items():
+            for x in r["rows"]:
+                gain = f"{x['gain']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]"
+                lines.append(f"| {demo} | {seed} | {r['steps']} | {r['cpu_seconds']:.0f} | {x['how']} | {x['measure']} | {x['n']} | {x['before']:.3f} | {x['after']:.3f} | {gain} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="the model to judge: a name or a folder (default: tiny)")
+    parser.add_argument("--demos", nargs="+", default=list(DEMOS), choices=list(DEMOS), help="which demonstrations (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of data and training (default: 0 1 2)")
+    parser.add_argument("--save", action="store_true", help="keep the table beside the model card")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
+    results = {}
+    for demo in args.demos:
+        for seed in args.seeds:
+            with quiet_transformers():
+                r = results.setdefault(demo, {})[seed] = DEMOS[demo](args.model, seed)
+            print(f"{demo} seed {seed}: {r['seconds']:.0f} s, {r['cpu_seconds']:.0f} CPU s", {k: v for k, v in r.items() if k not in ("rows", "seconds", "cpu_seconds")}, flush=True)
+            print(table({demo: {seed: r}}), flush=True)
+    if args.save:
+        folder = find_model(args.model)[0]
+        write_json(folder/"headroom.json", results)
+        write_text(folder/"headroom.md", f"# Head-room of this model\n\nWritten by `python tools/headroom.py --save`.\n\n{table(results)}\n")
+
+
+if __name__ == "__main__":
+    main()
