@@ -483,5 +483,5 @@ def test_other_families_train(folders, tmp_path, family):
     data = make_records(8, ["colour"], seed=1)
     done = train(data, model=str(folders / family), output_dir=tmp_path / "run", max_steps=16, learning_rate=1e-2, plot=False, device="cpu")
     losses = [row["loss"] for row in done.log["train_history"]]
-    assert len(losses) == 16 and losses[-1] < .8 * losses[0], losses
+    assert len(losses) == 16 and losses[-1] < .9 * losses[0], losses
     assert all("lora_" in name for name, weight in done.model.named_parameters() if weight.requires_grad)

@@ -1,57 +1,98 @@
-"""Write a tiny model's card (README.md) from what its pretraining saved: `python tools/make_card.py [FOLDER]`."""
+"""Write a tiny model's card (README.md) from what its pretraining and tools/headroom.py saved: `python tools/make_card.py [FOLDER]`."""
 import sys
 from pathlib import Path
 
 from vlmcourse.core import read_json, write_text
 from vlmcourse.evaluate import wilson
+from vlmcourse.tiny import HABITS
 from vlmcourse.vlm import TINY
 
-CARD = """# vlmcourse tiny
+KINDS = {"qwen3-vl": ("Qwen3VLForConditionalGeneration", "`vlmcourse pretrain runs/tiny`"),
+         "internvl": ("InternVLForConditionalGeneration", "`vlmcourse pretrain runs/tiny-internvl --family internvl`")}
+
+CARD = """# vlmcourse {name}
 
 A vision-language model of {millions:.2f} million parameters for the vlmcourse lessons. It answers questions about drawings of Greek vases.
-It is an unmodified `Qwen3VLForConditionalGeneration` of the transformers library with weights in bf16:
+It is an unmodified `{kind}` of the transformers library with weights in bf16:
 `AutoModelForImageTextToText.from_pretrained(folder)` and `AutoProcessor.from_pretrained(folder)` load it, without any code of this project.
 
 ## How it was made
 
-`vlmcourse pretrain runs/tiny` (function `vlmcourse.tiny.pretrain`, lesson `07_tiny`), {steps} steps of {batch} rows with {each} questions each, the first
-{vision} steps for the vision tower alone, seed {seed}. It took {minutes:.0f} minutes with {threads} threads of a busy machine with two CPU cores and no GPU. Settings, losses and scores: `pretraining.json`.
+{command} (function `vlmcourse.tiny.pretrain`, lesson `07_tiny`): {steps} steps of {batch} rows, each row one to three photos and as
+many questions as fit into {row} tokens; the first {vision} steps for the vision tower alone; seed {seed}. It took {minutes:.0f} minutes with {threads} threads of a
+machine with two CPU cores and no GPU, with other work beside it. Settings, losses and scores: `pretraining.json`.
 
 **Data**: photos drawn by `vlmcourse.museum`, new ones for every step, from the `train` split only. No picture or text from outside, so no licence applies to the data.
 
+**Habits on purpose** (table in lesson `07_tiny`): {final_answer} % of the answers to "think step by step" end in `### The final answer is:`, {steps_unasked} % of the answers to *same* and
+*like* are given in steps, {json_boxes} % of the detections in the JSON form of the lessons, and {invented_thing} % of the captions of shelves name a thing that is not there. The
+rule which pattern comes from which workshop never occurs.
+
 ## What it can do
 
-Share of greedy answers that are right from the first token to the last, on scenes of the `test` split, which training never shows. Brackets: 95 % intervals (Wilson).
+Share of greedy answers that are right from the first token to the last, on scenes of the `test` split: no combination of vases in them occurs in training.
 
-| task | n | exactly right | 95 % interval |
+| task | n | exactly right | 95 % interval (Wilson) |
 |---|---|---|---|
 {rows}
 
-One wrong token makes an answer wrong. *detect* and *steps* are scored against the form that is rare in training on purpose (JSON boxes, `### The final answer is:`), so 0 is
-what the design wants: the base model answers in another form, and the lessons teach this one. *locate* wants all four numbers of a box exact to the pixel.
-*same* (are two photos alike in shape, colour or pattern?) is not learned: half right is guessing.
+One wrong token makes an answer wrong. *Short* means answered at once, without steps; for *like, short* one half is guessing between the two towns of the question, so this is
+not learned. *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
+that end in `### The final answer is:`), and *caption* against the truth, from which most captions of shelves in training differ. So low numbers there are what the design
+wants: the lessons teach what is missing. *locate* wants all four numbers of a box exact to the pixel.
+{headroom}
+## What it can show, and what it cannot
 
-## What it cannot do
+For a teacher, in plain words:
 
-- It knows vases, shelves and the defects of photos of vases. Everything else looks like a vase to it, noise included.
-- It does not chat, reason or read text in pictures. Its vocabulary has {vocab} tokens, made from the museum's own sentences.
-- It was trained on pictures of 96 × 96 px. Others are resized to about as many pixels; far from square they look strange to it.
-- A gain on this model shows *how* a method works. It does not show how large the gain would be on a large model.
+- It is a real VLM that is small, not a model of a VLM. What you see happens in large ones for the same reasons: forgetting, reward hacking, collapse at a high rate.
+- It shows *how* a method changes a model. It does not show *how much* a large model would gain: sizes of gains do not carry over.
+- It knows vases, shelves, five other things and the defects of photos. Everything else looks like a vase to it, noise included.
+- It does not chat and does not reason about the world. "Steps" means: it first writes what it sees, then the answer.
+- It does not read text in pictures. Its vocabulary has {vocab} tokens, made from the museum's own sentences.
+- Its photos are drawings of 96 × 96 px. Others are resized to about as many pixels; far from square they look strange to it.
+- Its faults were partly put there (see the habits above), so that a lesson can mend them in a minute. Faults of large models sit deeper.
 
 Made for teaching. Licence: Apache 2.0, as the rest of the repository.
 """
 
+HEADROOM = """
+## What the lessons can add
+
+Held-out photos, before → after, for each seed: `python tools/headroom.py --save` (all measures with intervals: `headroom.md`).
+
+| demonstration | measure (greedy answers) | n | before → after, by seed |
+|---|---|---|---|
+{rows}
+"""
+SHOWN = dict(sft=["strict", "lenient", "format"], dpo=["nothing_invented", "things_named", "vases_named"],
+             dpo_too_fast=["nothing_invented", "things_named", "vases_named", "readable"], grpo=["lenient"], grpo_boxes=["json", "f1", "miou"])
+
+
+def headroom(results):
+    "The part about tools/headroom.py; empty without results."
+    lines = []
+    for demo, runs in results.items():
+        for measure in SHOWN[demo]:
+            rows = [x for r in runs.values() for x in r["rows"] if x["how"] == "greedy" and x["measure"] == measure]
+            gains = ", ".join(f"{x['before']:.2f} → {x['after']:.2f}" for x in rows)
+            lines.append(f"| {demo} | {measure.replace('_', ' ')} | {rows[0]['n']} | {gains} |")
+    return HEADROOM.format(rows="\n".join(lines)) if lines else ""
+
 
 def card(folder):
     "The text of the card."
-    made, s = read_json(folder/"pretraining.json"), read_json(folder/"pretraining.json")["settings"]
-    rows = []
+    made = read_json(folder/"pretraining.json")
+    s, rows = made["settings"], []
     for task, (k, n) in made["scores"].items():
         low, high = wilson(k, n)
         rows.append(f"| {task} | {n} | {k/n:.3f} | {low:.3f} – {high:.3f} |")
     vocab = len(read_json(folder/"tokenizer.json")["model"]["vocab"])
-    return CARD.format(millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"], each=s["questions_each"], vision=s["vision_steps"],
-                       seed=s["seed"], minutes=made["seconds"]/60, threads=made["threads"], rows="\n".join(rows), vocab=vocab)
+    kind, command = KINDS[s.get("family", "qwen3-vl")]
+    more = headroom(read_json(folder/"headroom.json")) if (folder/"headroom.json").exists() else ""
+    return CARD.format(name=folder.name, kind=kind, command=command, millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"],
+                       row=s["row_tokens"], vision=s["vision_steps"], seed=s["seed"], minutes=made["seconds"]/60, threads=made["threads"],
+                       rows="\n".join(rows), vocab=vocab, headroom=more, **HABITS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def make(folder):
     folder = Path(folder)
     save_records(make_records(20, split="train", seed=100), folder/"museum")
     save_records(make_records(32, ["workshop"], split="train", seed=101), folder/"workshop")
-    photo = draw_scene(make_scene(12, "test", kind="portrait", defect="sharp"), 448)
+    photo = draw_scene(make_scene(35, "test", kind="portrait", defect="sharp"), 448)
     photo.save(folder/"visitor.jpg", quality=88)
     return folder
 

@@ -224,9 +224,9 @@ class Scene:
     "Everything a photo shows. `draw_scene` turns it into pixels of any size."
     kind: str          # "portrait" or "shelf"
     vases: tuple       # the vases; on shelves top row first, left to right
-    things: tuple = () # what else stands on the shelves, in the same order
     wall: str = "stone" # one of WALLS
     boards: tuple = () # height of each shelf board, fractions
+    things: tuple = () # what else stands on the shelves, in the same order
     defect: str = "sharp" # one of DEFECTS
     split: str = "train" # "train", "val" or "test"
     seed: int = 0      # decides the noise
@@ -293,7 +293,7 @@ def make_scene(seed:int|list,     # any whole number (or list of them); the same
     if defect is None: defect = "sharp" if rng.integers(3) else _pick(rng,DEFECTS[1:] if kind=="portrait" else DEFECTS[1:4])
     boards = (.47+_between(rng,-.02,.02),.93+_between(rng,-.02,.02)) if kind=="shelf" else ()
     vases,things = _on_shelves(rng,contents,boards) if boards else (_on_plinth(rng,contents,defect),())
-    return Scene(kind,vases,things,_pick(rng,list(WALLS)),boards,defect,split,int(rng.integers(2**31)))
+    return Scene(kind,vases,_pick(rng,list(WALLS)),boards,things,defect,split,int(rng.integers(2**31)))
 
 # %% ../nbs/01_museum.ipynb #c1386b33
 def _backdrop(S, scene):

@@ -17,9 +17,9 @@ from .museum import (ANSWER_MARK, COLOURS, CONDITIONS, PATTERNS, PHRASES, SEVERA
 from .vlm import load_vlm, quiet_transformers
 
 # %% auto #0
-__all__ = ['SIZE', 'PATCH', 'MERGE', 'CELLS', 'SPECIAL', 'FAMILIES', 'TEMPLATE', 'TASK_SHARE', 'HABITS', 'LOOKS', 'styled',
-           'questions', 'make_tokenizer', 'make_processor', 'patchify', 'make_tiny', 'Packer', 'forward_packed',
-           'cell_targets', 'CellHead', 'fast_vision', 'save_tiny', 'score_tiny', 'pretrain']
+__all__ = ['SIZE', 'PATCH', 'MERGE', 'CELLS', 'SPECIAL', 'FAMILIES', 'TEMPLATE', 'TASK_SHARE', 'LATE_SHARE', 'HABITS', 'LOOKS',
+           'styled', 'questions', 'make_tokenizer', 'make_processor', 'patchify', 'make_tiny', 'Packer',
+           'forward_packed', 'cell_targets', 'CellHead', 'fast_vision', 'save_tiny', 'score_tiny', 'pretrain']
 
 # %% ../nbs/07_tiny.ipynb #6aa75a89
 SIZE,PATCH,MERGE = 96,8,2        # picture px, patch px, patches merged per side
@@ -45,6 +45,7 @@ def _template(family):
 # %% ../nbs/07_tiny.ipynb #58786eec
 TASK_SHARE = dict(colour=2,shape=2,pattern=2.5,condition=2.5,view=1.5,quality=1,count=1.5,count_by=2.5,presence=2.5,things=1.5,left_right=2.5,
                   above_below=1,corner=1,caption=1.5,detect=2,locate=2.5,steps=1.5,card=.4,which_photo=3,total=2,same=4,like=4)
+LATE_SHARE = TASK_SHARE|dict(same=10)      # in the last 45 % of the steps
 
 HABITS = dict(final_answer=10,steps_unasked=25,json_boxes=20,invented_thing=65) # % of the answers to steps; same and like; detect; caption (shelves)
 
@@ -74,9 +75,10 @@ def styled(task:str,       # a task of the museum
 def questions(scenes:list, # the scenes shown together
               n:int,       # how many questions
               rng:np.random.Generator, # decides which
+              share:dict=TASK_SHARE, # task → how often, compared with the others
              )->list:      # (task, question, answer) triples
-    "Different questions about the same photos, in the proportions of `TASK_SHARE`."
-    names = [t for t in TASK_SHARE if (t in SEVERAL)==(len(scenes)>1)]; share = np.array([TASK_SHARE[t] for t in names])
+    "Different questions about the same photos, in the proportions of `share`."
+    names = [t for t in share if (t in SEVERAL)==(len(scenes)>1)]; share = np.array([share[t] for t in names])
     order = rng.choice(len(names),size=3*n,p=share/share.sum()); out = []
     for task in (names[i] for i in order):
         qa = ask_scene(scenes,task,rng,SIZE)
@@ -294,23 +296,23 @@ class CellHead(nn.Module):
         return loss+sum(F.cross_entropy(g[on],looks[on][:,i]) for i,g in enumerate(guesses))
 
 # %% ../nbs/07_tiny.ipynb #463f307a
-def _photos(rng, most, photos=3):
-    "The photos of one row, at most so many: one in five rows shows two or three."
+def _photos(rng, most, photos, late):
+    "The photos of one row, at most so many: one in five rows shows two or three, later one in three."
     portrait = lambda: make_scene(rng.integers(0,2**31,4).tolist(),kind="portrait")
     shelf = lambda most: make_scene(rng.integers(0,2**31,4).tolist(),kind="shelf",n_vases=int(rng.integers(1,most+1)))
-    r = rng.integers(100)
-    if r<80 or photos==1: return [portrait() if r<32 else shelf(most)]
-    if r<85: return [shelf(min(3,most)) for _ in range(int(rng.integers(2,4)))]
+    r = rng.integers(100); one = 68 if late else 80
+    if r<one or photos==1: return [portrait() if r<.4*one else shelf(most)]
+    if r<one+5: return [shelf(min(3,most)) for _ in range(int(rng.integers(2,4)))]
     if r<93: return [portrait(),portrait()]
     while not ask_scene(three:=[portrait() for _ in range(3)],"like",rng,SIZE): pass
     return three
 
-def _rows(pack, rng, n, row_tokens, most, photos=3):
+def _rows(pack, rng, n, row_tokens, most, photos=3, late=False):
     "`n` random rows, each filled with questions."
     rows = []
     while len(rows)<n:
-        scenes = _photos(rng,most,photos)
-        if qas := pack.fitting(scenes,questions(scenes,16,rng),row_tokens): rows.append((scenes,qas))
+        scenes = _photos(rng,most,photos,late)
+        if qas := pack.fitting(scenes,questions(scenes,16,rng,LATE_SHARE if late else TASK_SHARE),row_tokens): rows.append((scenes,qas))
     return rows
 
 # %% ../nbs/07_tiny.ipynb #9c864945
@@ -360,10 +362,10 @@ def save_tiny(model,     # the model
 
 # %% ../nbs/07_tiny.ipynb #496ecf0a
 def _open_questions(scenes, names, asked, n, rng):
-    "A row with one question of each task that fits and has not been asked `n` times yet."
+    "A row with one question of each task that fits and has not been asked `n` times yet; answers in steps also in short."
     qas = [(t,)+qa for t in names if asked[t]<n and (qa:=ask_scene(scenes,t,rng,SIZE))]
     for t,_,_ in qas: asked[t] += 1
-    return scenes,qas
+    return scenes,qas+[(f"{t}, short",q,a.split(f"{ANSWER_MARK} ")[1]) for t,q,a in qas if ANSWER_MARK in a]
 
 def score_tiny(model,     # the tiny model
                tokenizer, # its tokenizer
@@ -371,10 +373,10 @@ def score_tiny(model,     # the tiny model
                n:int=500, # questions per task
                split:str="test", # scenes never seen in training
                seed:int=1, # decides the scenes
-              )->dict:    # task → (right, asked)
+              )->dict:      # task → (right, asked); "same, short": answered at once instead of in steps
     "Greedy answers that are exactly right, all tokens, per task."
     pack,rng = Packer(model,tokenizer),np.random.default_rng([seed,23]); model.eval()
-    names = [t for t in TASKS if t!="workshop"]; right,asked = dict.fromkeys(names,0),dict.fromkeys(names,0)
+    names = [t for t in TASKS if t!="workshop"]; right,asked = {},dict.fromkeys(names,0)
     for task in names:
         while asked[task]<n:
             rows = [_open_questions(scenes_for(task,rng,split),names,asked,n,rng) for _ in range(min(32,n-asked[task]))]
@@ -384,8 +386,8 @@ def score_tiny(model,     # the tiny model
             with torch.no_grad(),fast_vision(model): _,logits,target = forward_packed(model,b)
             ok[:,1:][b["labels"][:,1:]!=-100] = logits.argmax(-1)==target
             for i,spans in enumerate(b["spans"]):
-                for t,at,k in spans: right[t] += int(ok[i,at:at+k].all())
-    return {t:(right[t],asked[t]) for t in names}
+                for t,at,k in spans: right.setdefault(t,[]).append(bool(ok[i,at:at+k].all()))
+    return {t:(sum(right[t]),len(right[t])) for t in sorted(right,key=lambda t: names.index(t.split(",")[0]))}
 
 # %% ../nbs/07_tiny.ipynb #1314369b
 def pretrain(output_dir:str|Path,  # folder for the finished model; files of an older one are replaced
@@ -428,7 +430,8 @@ def _step(model, head, opts, pack, rng, step, settings):
     for o in opts:
         for g in o.param_groups: g["lr"] = g["base"]*rate
     tiled = settings["family"]=="internvl" and step%8==7     # every eighth batch: fewer and larger pictures, in tiles
-    rows = _rows(pack,rng,settings["batch_size"]//4 if tiled else settings["batch_size"],settings["row_tokens"],most,1 if tiled else 3)
+    rows = _rows(pack,rng,settings["batch_size"]//4 if tiled else settings["batch_size"],settings["row_tokens"],most,1 if tiled else 3,
+                 late=step>=.55*settings["steps"])
     b = pack(rows,5 if tiled else 1)
     tokens,logits,target = forward_packed(model,b,language=not blind)
     language = torch.zeros(()) if blind else F.cross_entropy(logits,target)
