@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import torch
 
-from vlmcourse.core import set_seed, write_json, write_text
+from vlmcourse.core import read_json, set_seed, write_json, write_text
 from vlmcourse.evaluate import paired_gain, score_answers
 from vlmcourse.lora import add_lora
 from vlmcourse.museum import THINGS, make_records
@@ -140,16 +140,18 @@ def sft(name, seed):
     return result | dict(steps=len(run.log["train_history"]), rows=compare(before, ask_all(run.model, processor, test, measure_answers, seed)))
 
 
-def _pairs(texts, record):
-    "Of several captions of one photo: an exact one before one that invents a thing, and before one that leaves a thing out."
-    m = measure_captions(texts, [record]*len(texts))
-    good = [t and v in (None, 1) and r for t, v, r in zip(m["nothing_invented"], m["things_named"], m["readable"])]
-    best = lambda some: max(some, key=lambda i: m["vases_named"][i], default=None)
-    exact = best([i for i in range(len(texts)) if good[i]])
-    for wrong in ("nothing_invented", "things_named"):
-        other = best([i for i in range(len(texts)) if m[wrong][i] not in (None, 1) and m["readable"][i]])
-        if exact is not None and other is not None and m["vases_named"][exact] >= m["vases_named"][other]:
-            yield record, texts[exact], texts[other]
+def _pairs(drawn, records):
+    "Of several captions of each photo: an exact one before one that leaves a thing out, and as many before one that invents a thing."
+    found = dict(things_named=[], nothing_invented=[])
+    for texts, record in zip(drawn, records):
+        m = measure_captions(texts, [record]*len(texts))
+        exact = [t and v in (None, 1) and r for t, v, r in zip(m["nothing_invented"], m["things_named"], m["readable"])]
+        best = lambda some: max((i for i in range(len(texts)) if some[i]), key=lambda i: m["vases_named"][i], default=None)
+        for wrong, pairs in found.items():
+            good, bad = best(exact), best([w not in (None, 1) and r for w, r in zip(m[wrong], m["readable"])])
+            if good is not None and bad is not None and m["vases_named"][good] >= m["vases_named"][bad]:
+                pairs.append((record, texts[good], texts[bad]))
+    return found["things_named"]+found["nothing_invented"][:len(found["things_named"])]
 
 
 def shelf_captions(n, split, seed):
@@ -158,7 +160,7 @@ def shelf_captions(n, split, seed):
     return found[:n]
 
 
-def dpo(name, seed, learning_rate=1e-4, steps=90, n=480):
+def dpo(name, seed, learning_rate=1.5e-4, steps=60, n=480):
     "Captions without invented things, from pairs of the model's own captions."
     from trl import DPOConfig, DPOTrainer
     test, result, (model, processor) = shelf_captions(N, "test", seed+1), {}, load_vlm(name)
@@ -167,7 +169,7 @@ def dpo(name, seed, learning_rate=1e-4, steps=90, n=480):
         set_seed(seed)
         source = shelf_captions(n, "train", seed)
         drawn = [ask_batch(model, processor, source, batch_size=64, max_new_tokens=64, do_sample=True, progress=False) for _ in range(4)]
-        pairs = [p for r, texts in zip(source, zip(*drawn)) for p in _pairs(texts, r)]
+        pairs = _pairs(list(zip(*drawn)), source)
         say = lambda text: [dict(role="assistant", content=[dict(type="text", text=text)])]
         data = rows_for_trl([p[0] for p in pairs], chosen=[say(p[1]) for p in pairs], rejected=[say(p[2]) for p in pairs])
         args = DPOConfig(**trl_settings(folder, seed, max_steps=steps, per_device_train_batch_size=16, learning_rate=learning_rate, warmup_steps=5,
@@ -237,9 +239,13 @@ def table(results):
 
 
 def keep(folder, results):
-    "Write the results beside the model card."
-    write_json(folder/"headroom.json", results)
-    write_text(folder/"headroom.md", f"# Head-room of this model\n\nWritten by `python tools/headroom.py --save`.\n\n{table(results)}\n")
+    "Put the results beside the model card; those of other demonstrations and seeds stay."
+    path = folder/"headroom.json"
+    kept = read_json(path) if path.exists() else {}
+    for demo, runs in results.items():
+        kept[demo] = dict(sorted((kept.get(demo, {}) | {str(seed): r for seed, r in runs.items()}).items()))
+    write_json(path, kept)
+    write_text(folder/"headroom.md", f"# Head-room of this model\n\nWritten by `python tools/headroom.py --save`.\n\n{table(kept)}\n")
 
 
 def main():

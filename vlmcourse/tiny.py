@@ -177,6 +177,24 @@ def _make_internvl(text, ids, vision_layers):
     return model
 
 # %% ../nbs/07_tiny.ipynb #8d28a571
+def _prefix(pack, k, tiles):
+    "Token ids and rotary positions [3,L] of `k` pictures of so many tiles, and the next free position."
+    start,pad,end = ("<img>","<IMG_CONTEXT>","</img>") if pack.family=="internvl" else ("<|vision_start|>","<|image_pad|>","<|vision_end|>")
+    photo = start+pad*CELLS**2*tiles+end
+    ids = pack.encode("<|im_start|>user\n"+(photo if k==1 else "".join(f"Photo {i+1}: {photo}\n" for i in range(k))))
+    if pack.family=="internvl": return ids,torch.arange(len(ids)).expand(3,-1),len(ids)
+    t = torch.tensor([ids]); kinds = (t==pack.model.config.image_token_id).int()
+    pos,_ = pack.model.model.get_rope_index(t,kinds,torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*k))
+    return ids,pos[:,0],int(pos.max())+1
+
+def _pixels(pack, scenes, tiles):
+    "The pictures as the vision tower takes them: patches for Qwen, whole tiles and a small picture of all for InternVL."
+    if tiles>1: return pack.cut(images=[draw_scene(s,2*SIZE) for s in scenes],return_tensors="pt")["pixel_values"]
+    pictures = np.stack([np.asarray(draw_scene(s,SIZE)) for s in scenes])
+    if pack.family=="qwen3-vl": return patchify(pictures)
+    mean,std = (torch.tensor(x)[:,None,None] for x in (pack.cut.image_mean,pack.cut.image_std))
+    return (torch.tensor(pictures).permute(0,3,1,2).float()/255-mean)/std
+
 def _stack(parts, pad_token_id):
     "Rows of different length as tensors ids, group, labels [B,L] and positions [3,B,L]."
     B,L = len(parts),-(-max(len(p[0]) for p in parts)//8)*8
@@ -189,11 +207,10 @@ def _stack(parts, pad_token_id):
 class Packer:
     "Turns rows (scenes, questions) into one batch in which all questions share their pictures."
     def __init__(self, model, tokenizer): # the tiny model, for its position rule, and its tokenizer
-        self.model,self.tok,self.seen = model,tokenizer,{}
-        self.family = "internvl" if model.config.model_type=="internvl" else "qwen3-vl"
+        self.model,self.tok,self.seen,self.family = model,tokenizer,{},"internvl" if model.config.model_type=="internvl" else "qwen3-vl"
         self.cut = make_processor(tokenizer,self.family).image_processor
         self.middle,self.end = self.encode("<|im_end|>\n<|im_start|>assistant\n"),self.encode("<|im_end|>")
-        self.prefixes = {(k,tiles):self.prefix(k,tiles) for k,tiles in ((1,1),(2,1),(3,1),*([(1,5)] if self.family=="internvl" else []))}
+        self.prefixes = {(k,tiles):_prefix(self,k,tiles) for k,tiles in ((1,1),(2,1),(3,1),*([(1,5)] if self.family=="internvl" else []))}
 
     def encode(self, text):
         "Token ids, remembered: most texts come again."
@@ -201,16 +218,6 @@ class Packer:
             if len(self.seen)>200_000: self.seen.clear()
             self.seen[text] = self.tok._tokenizer.encode(text,add_special_tokens=False).ids
         return self.seen[text]
-
-    def prefix(self, k, tiles=1):
-        "Token ids and rotary positions [3,L] of `k` pictures of so many tiles, and the next free position."
-        start,pad,end = ("<img>","<IMG_CONTEXT>","</img>") if self.family=="internvl" else ("<|vision_start|>","<|image_pad|>","<|vision_end|>")
-        photo = start+pad*CELLS**2*tiles+end
-        ids = self.encode("<|im_start|>user\n"+(photo if k==1 else "".join(f"Photo {i+1}: {photo}\n" for i in range(k))))
-        if self.family=="internvl": return ids,torch.arange(len(ids)).expand(3,-1),len(ids)
-        t = torch.tensor([ids]); kinds = (t==self.model.config.image_token_id).int()
-        pos,_ = self.model.model.get_rope_index(t,kinds,torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*k))
-        return ids,pos[:,0],int(pos.max())+1
 
     def fitting(self, scenes, qas, room):
         "Those questions that fit into a row of `room` tokens."
@@ -229,20 +236,12 @@ class Packer:
             ids += x+y; group += [g+1]*n; labels += [-100]*len(x)+y; pos.append((nxt+torch.arange(n)).expand(3,-1))
         return ids,group,labels,torch.cat(pos,1),spans
 
-    def pixels(self, scenes, tiles):
-        "The pictures as the vision tower takes them: patches for Qwen, whole tiles and a small picture of all for InternVL."
-        if tiles>1: return self.cut(images=[draw_scene(s,2*SIZE) for s in scenes],return_tensors="pt")["pixel_values"]
-        pictures = np.stack([np.asarray(draw_scene(s,SIZE)) for s in scenes])
-        if self.family=="qwen3-vl": return patchify(pictures)
-        mean,std = (torch.tensor(x)[:,None,None] for x in (self.cut.image_mean,self.cut.image_std))
-        return (torch.tensor(pictures).permute(0,3,1,2).float()/255-mean)/std
-
     def __call__(self, rows, tiles=1): # rows: list of (scenes, [(task, question, answer)]); tiles: 5 for pictures twice as large (InternVL)
         "The batch as a dict: ids, pos, mask, labels, pixels, grid, spans, scenes, tiles."
         parts = [self.row(*r,tiles) for r in rows]; ids,group,labels,pos = _stack(parts,self.tok.pad_token_id); L = ids.shape[1]
         mask = ((group[:,:,None]==group[:,None])|(group[:,None]==0))&torch.ones(L,L,dtype=torch.bool).tril()
         scenes = [s for r in rows for s in r[0]]
-        return dict(ids=ids,pos=pos,mask=mask[:,None],labels=labels,pixels=self.pixels(scenes,tiles),tiles=tiles,grid=torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*len(scenes)),
+        return dict(ids=ids,pos=pos,mask=mask[:,None],labels=labels,pixels=_pixels(self,scenes,tiles),tiles=tiles,grid=torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*len(scenes)),
                     spans=[p[4] for p in parts],scenes=scenes)
 
 # %% ../nbs/07_tiny.ipynb #5ef59fd5
