@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmcourse.formats import (REMEDIES, check_record, final_answer, normalise_answer, open_image, put_marks,
-                               read_records, to_record, true_answer)
+from vlmcourse.formats import REMEDIES, check_record, check_records, open_image, put_marks, read_records, to_record
 
 
 def turn(role, content):
@@ -135,7 +134,8 @@ def test_row(folder, name, row, reason, kind):
 
 
 def test_every_reason_has_a_row():
-    assert {reason for *_, reason in ROWS} - {None} == set(REMEDIES)
+    fatal, reported = ({reason for *_, reason in table} - {None} for table in (ROWS, OBJECTS))
+    assert fatal | reported | {"id used twice"} == set(REMEDIES) and not fatal & reported
 
 
 def test_all_mistakes_in_one_error(folder):
@@ -145,7 +145,7 @@ def test_all_mistakes_in_one_error(folder):
         read_records(folder / "all.json")
     text = str(error.value)
     assert text.startswith(f"{folder}/all.json: {len(bad)} of {len(bad) + 1} records")
-    for reason in REMEDIES:
+    for reason in {reason for *_, reason in ROWS} - {None}:
         count = sum(reason == other for *_, other in ROWS)
         assert f"{count} x {reason}: " in text
     assert len(text) < 12_000
@@ -257,40 +257,30 @@ def test_damaged_picture_names_its_file(folder, name):
         open_image(folder / name)
 
 
-FINAL = [
-    ("### The final answer is: 3", "3"), ("I see it. ### The final answer is: 3.", "3"),
-    ("### The final answer is:3", "3"), ("### The final answer is:\n\n3\nBye.", "3"),
-    ("### The final answer is: 3.5.", "3.5"), ("### The final answer is: a. b.", "a. b"),
-    ("### The final answer is: 1 ### The final answer is: 2", "2"), ("### The final answer is: red\nI am sure.", "red"),
-    ("### The final answer is:", ""), ("### The final answer is: .", ""), ("", None), ("3", None),
-    ("The final answer is: 3", None), ("### the final answer is: 3", None), ("### The final answer is 3", None),
+OBJECTS = [
+    ("fine", [{"label": "kylix", "bbox": [0, 0, 8, 6]}], None), ("none", [], None), ("null", None, None),
+    ("one pixel too far right", [{"label": "a", "bbox": [0, 0, 9, 6]}], "box outside the picture"),
+    ("one pixel too far down", [{"label": "a", "bbox": [0, 0, 8, 7]}], "box outside the picture"),
+    ("left of the picture", [{"label": "a", "bbox": [-1, 0, 8, 6]}], "box outside the picture"),
+    ("corners swapped", [{"label": "a", "bbox": [8, 0, 0, 6]}], "bad object"), ("no area", [{"label": "a", "bbox": [3, 3, 3, 5]}], "bad object"),
+    ("three numbers", [{"label": "a", "bbox": [0, 0, 8]}], "bad object"), ("text numbers", [{"label": "a", "bbox": ["0", "0", "8", "6"]}], "bad object"),
+    ("not a number", [{"label": "a", "bbox": [0, 0, float("nan"), 6]}], "bad object"), ("no label", [{"bbox": [0, 0, 8, 6]}], "bad object"),
+    ("no box", [{"label": "a"}], "bad object"), ("a bare box", [[0, 0, 8, 6]], "bad object"), ("text", "a", "bad object"),
+    ("endless", [{"label": "a", "bbox": [0, 0, float("inf"), 6]}], "box outside the picture"),
 ]
 
 
-@pytest.mark.parametrize("text, answer", FINAL)
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
+@pytest.mark.parametrize("name, objects, reason", OBJECTS, ids=[name for name, *_ in OBJECTS])
+def test_objects(name, objects, reason):
+    record = good(images=[Image.new("RGB", (8, 6))], objects=objects)
+    assert list(check_records([record]).counts) == ([reason] if reason else [])
+    assert len(read_records([record])) == 1  # boxes do not stop a reading
 
 
-SAME = [
-    ["3", "three", "Three", " THREE. ", "3.", "**3**", "`3`", "(3)", '"three"', "three!", 3, "３"],
-    ["21", "twenty-one", "Twenty one", "twenty\none", "21,"],
-    ["yes", "Yes.", "YES!", "'yes'"], ["red vase", "Red  vase.", "red\tvase", "**Red** vase"],
-    ["90", "ninety"], ["0", "zero"], ["-5"], [".5"], ["3.5"], ["3,5"], ["don't"], ["one-handled"], ["someone"],
-    ["", " ", "...", "!?"], ["no"], ["none", None], ["1 of 2", "one of two"], ["1000"], ["été", "ÉTÉ"],
-]
-
-
-def test_normalise_answer():
-    written = [{normalise_answer(text) for text in group} for group in SAME]
-    assert all(len(group) == 1 for group in written), written
-    assert len(set.union(*written)) == len(SAME)  # and what differs stays different
-    assert all(normalise_answer(text) == text for group in written for text in group)
-
-
-def test_true_answer():
-    record = to_record("How many?", answer="I count. ### The final answer is: 3.")
-    assert true_answer(record) == "3"
-    assert true_answer({**record, "answer": 4}) == "4"
-    assert true_answer(to_record("How many?", answer="3")) == "3"
-    assert true_answer(to_record("How many?", answer="x ### The final answer is:")) == ""
+def test_report_counts_each_record_once_per_reason():
+    bad = {"label": "a", "bbox": [0, 0, 99, 99]}
+    rows = [good(images=[Image.new("RGB", (8, 6))], objects=[bad, bad], id="x") for _ in range(3)] + ["vase"]
+    report = check_records(rows)
+    assert report.counts == {"box outside the picture": 3, "id used twice": 2, "not a record": 1}
+    assert report.bad == [1, 2, 3, 4] and report.total == 4
+    assert "4 records, 4 with problems" in repr(report) and all(REMEDIES[r] in repr(report) for r in report.counts)

@@ -37,9 +37,9 @@ def notebooks(root):
 
 
 def lessons(root):
-    "{module name: (number, notebook)} of the notebooks called NN_name.ipynb directly in nbs/."
-    found = (re.fullmatch(r"(\d\d)_(\w+)", f.stem) for f in sorted((root / "nbs").glob("*.ipynb")))
-    return {m[2]: (int(m[1]), root / "nbs" / f"{m[0]}.ipynb") for m in found if m}
+    "{module name: (number, notebook)} of the notebooks called NN_name.ipynb or NNx_name.ipynb directly in nbs/."
+    found = (re.fullmatch(r"(\d\d[a-z]?)_(\w+)", f.stem) for f in sorted((root / "nbs").glob("*.ipynb")))
+    return {m[2]: (m[1], root / "nbs" / f"{m[0]}.ipynb") for m in found if m}
 
 
 def code_cells(path):
@@ -50,16 +50,16 @@ def code_cells(path):
 # --- the gates ------------------------------------------------------------------------------------------------
 
 def names(root):
-    "notebook NN_name.ipynb exports to vlmcourse/name.py, and no two lessons share a number"
+    "notebook NN_name.ipynb (or 02a_name.ipynb: a further part of 02) exports to vlmcourse/name.py, and no two lessons share a number"
     by_number = {}
     for path in (root / "nbs").glob("*.ipynb"):
-        m = re.fullmatch(r"(\d\d)_([a-z][a-z0-9_]*)", path.stem)
+        m = re.fullmatch(r"(\d\d[a-z]?)_([a-z][a-z0-9_]*)", path.stem)
         exports = re.findall(r"^#\s*\|\s*default_exp\s+(\S+)", "\n".join(s for _, s in code_cells(path)), re.M)
         if path.stem in PAGES:
             if exports:
                 yield f"{path.name} has `#| default_exp`, but it is a page. Move the code to a lesson."
         elif not m:
-            yield f"{path.name} is neither NN_name.ipynb nor a page. Rename it, or add it to PAGES in tools/gates.py."
+            yield f"{path.name} is neither NN_name.ipynb (or NNa_name.ipynb) nor a page. Rename it, or add it to PAGES in tools/gates.py."
         elif exports != [m[2]]:
             yield f"{path.name} says default_exp {exports or 'nowhere'}. It must say `#| default_exp {m[2]}`, once, in a cell of its own."
         else:
@@ -83,8 +83,8 @@ def imports(root):
                 yield (f"{where} imports {other!r} from vlmcourse, which is no lesson's module. "
                        "Name the module: from vlmcourse.core import …")
             elif known[other][0] > number:
-                yield (f"{where} imports vlmcourse.{other} ({known[other][0]:02}), a later lesson. Move what is shared to "
-                       f"{number:02} or before, or this code to {known[other][0]:02} or after.")
+                yield (f"{where} imports vlmcourse.{other} ({known[other][0]}), a later lesson. Move what is shared to "
+                       f"{number} or before, or this code to {known[other][0]} or after.")
 
 
 def vlmcourse_imports(path):

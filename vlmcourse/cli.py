@@ -1,9 +1,11 @@
 """The command line. `vlmcourse COMMAND --help` lists a command's options: they are the arguments of the function behind it."""
 import importlib
+import os
 import re
 import sys
 
 COMMANDS = {                    # command: (module, function)
+    "check": ("formats", "check_records"),
     "pretrain": ("tiny", "pretrain"),
     "sft": ("sft", "train"),
 }
@@ -23,17 +25,35 @@ def usage():
 
 
 def options(command, words):
-    "The function's arguments, from the words typed; --output-dir and --output_dir mean the same."
+    "The function's arguments, from the words typed; --output-dir and --output_dir mean the same, and so do `data` and `--data data`."
     from fastcore.script import anno_parser
     parser = anno_parser(load(command), prog=f"vlmcourse {command}")
-    words = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+    known = {"--" + a.dest.replace("_", "-"): "--" + a.dest for a in parser._actions} | {o: o for a in parser._actions for o in a.option_strings}
+    words = [re.sub(r"^--[^=]+", lambda m: known.get(m[0], m[0]), w) for w in words]
+    for action in [a for a in parser._actions if not a.option_strings]:     # needed arguments, by place or by name
+        for i, word in reversed(list(enumerate(words))):
+            name, _, value = word.partition("=")
+            if name == f"--{action.dest}" and (value or i + 1 < len(words)):
+                action.nargs, action.default = "?", value or words.pop(i + 1)
+                words.pop(i)
     found = vars(parser.parse_args(words))
     return {k: v for k, v in found.items() if k not in ("pdb", "xtra")}
 
 
 def main(words=None):
-    "Run one command; a mistake of the user is one paragraph and exit code 2, not a traceback."
-    words = sys.argv[1:] if words is None else list(words)
+    "Run one command and return the exit code. A reader that stops early (`vlmcourse check … | head`) is no mistake."
+    try:
+        try:
+            return run(sys.argv[1:] if words is None else list(words))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(words):
+    "A mistake of the user is one paragraph and exit code 2, not a traceback."
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0

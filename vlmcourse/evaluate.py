@@ -15,14 +15,8 @@ from math import sqrt
 
 import numpy as np
 
-from vlmcourse.formats import (
-    ANSWER_MARK,
-    IMAGE_MARK,
-    final_answer,
-    normalise_answer,
-    open_image,
-    true_answer,
-)
+from .answers import ANSWER_MARK, final_answer, normalise_answer, true_answer
+from .formats import IMAGE_MARK, open_image
 from .vlm import ask_batch
 
 # %% auto #0

@@ -5,17 +5,16 @@
 # %% ../nbs/02_formats.ipynb #24c91f9c
 from __future__ import annotations
 import re
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from .core import inside, read_json, read_jsonl
-from .museum import ANSWER_MARK
 
 # %% auto #0
-__all__ = ['IMAGE_MARK', 'REMEDIES', 'NUMBER_WORDS', 'put_marks', 'to_record', 'open_image', 'check_record', 'check_picture',
-           'read_records', 'final_answer', 'normalise_answer', 'true_answer']
+__all__ = ['IMAGE_MARK', 'REMEDIES', 'put_marks', 'to_record', 'open_image', 'check_record', 'check_picture', 'read_records',
+           'RecordReport', 'check_records']
 
 # %% ../nbs/02_formats.ipynb #da4f2ac1
 IMAGE_MARK = "<image>"  # stands in the text where a picture stands in the prompt
@@ -99,6 +98,11 @@ REMEDIES = {
         "must stay in it: move the pictures there",
     "picture not found": "check the name; it counts from the data file's folder",
     "picture is damaged": "copy the picture again from its source, or remove the record",
+    "bad object": "objects must be a list of {label, bbox}, bbox four numbers "
+        "[left, top, right, bottom] with left < right and top < bottom",
+    "box outside the picture": "boxes are pixels of the original picture: was the "
+        "picture made smaller, or do the numbers count to 1 or 1000?",
+    "id used twice": "give each record an id of its own, so that results can be matched",
 }
 
 # %% ../nbs/02_formats.ipynb #794cc316
@@ -236,12 +240,8 @@ def _report(problems, n, source):
         + ". ".join(parts) + ". Records are counted from 1.")
 
 # %% ../nbs/02_formats.ipynb #9695f402
-def read_records(
-    data, # a .json or .jsonl file, or a list of records
-    *,
-    answers:bool=True, # is an answer needed? (yes for training, no for asking)
-)->list: # the records, ready for use: marks in place, paths absolute
-    "Read and check records. All mistakes are reported together, none is passed over."
+def _examine(data, answers):
+    "Records by their number (from 1), problems, number of rows, name of the source."
     rows, folder, source = _read_rows(data)
     if not rows:
         raise ValueError(f"{source} holds no records, so there is nothing to work with. "
@@ -251,44 +251,87 @@ def read_records(
         found = check_record(row, answers=answers)
         if not found: good[number], found = _with_pictures(row, number, folder)
         problems += [(number, reason, detail) for reason, detail in found]
-    problems += _damaged_pictures(good)
-    if problems: raise ValueError(_report(problems, len(rows), source))
+    return good, problems + _damaged_pictures(good), len(rows), source
+
+# %% ../nbs/02_formats.ipynb #de408f30
+def read_records(
+    data, # a .json or .jsonl file, or a list of records
+    *,
+    answers:bool=True, # is an answer needed? (yes for training, no for asking)
+)->list: # the records, ready for use: marks in place, paths absolute
+    "Read and check records. All mistakes are reported together, none is passed over."
+    good, problems, n, source = _examine(data, answers)
+    if problems: raise ValueError(_report(problems, n, source))
     return list(good.values())
 
-# %% ../nbs/02_formats.ipynb #db1d7583
-def final_answer(
-    text:str, # what a model said
-)->str|None: # the short answer; None when the mark "### The final answer is:" is missing
-    "What stands behind the last mark of the final answer."
-    if ANSWER_MARK not in text: return None
-    after = text.rsplit(ANSWER_MARK, 1)[1].strip()
-    return after.split("\n")[0].strip().removesuffix(".").rstrip()
+# %% ../nbs/02_formats.ipynb #d58fe72e
+def _upright_size(image):
+    "(width, height) of a path or a PIL image, as `open_image` turns it."
+    from PIL import Image
+    if isinstance(image, str):
+        with Image.open(image) as opened: return _upright_size(opened)
+    turned = image.getexif().get(0x0112, 1) >= 5 # lying on its side: see open_image
+    return image.size[::-1] if turned else image.size
 
-# %% ../nbs/02_formats.ipynb #eb14da03
-_units = ("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-    "fourteen fifteen sixteen seventeen eighteen nineteen").split()
-_tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = {word: i for i, word in enumerate(_units)}
-NUMBER_WORDS |= {word: 20 + 10 * i for i, word in enumerate(_tens)}
-NUMBER_WORDS |= {f"{ten}-{unit}": 20 + 10 * i + j
-    for i, ten in enumerate(_tens) for j, unit in enumerate(_units[:10]) if j}
+def _corners(bbox):
+    "The four numbers of a box, or None."
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4: return None
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bbox): return None
+    x1, y1, x2, y2 = bbox
+    return bbox if x1 < x2 and y1 < y2 else None # not a number (nan) compares as False
 
-# %% ../nbs/02_formats.ipynb #ba7f893b
-def normalise_answer(
-    text, # a short answer
-)->str: # lower case, single spaces, no punctuation around words, 3 for "three"
-    "The same answer written in one way, so that two answers can be compared."
-    text = unicodedata.normalize("NFKC", str(text)).lower()
-    tens, units = "|".join(_tens), "|".join(_units[1:10])
-    text = re.sub(rf"\b({tens})\s+({units})\b", r"\1-\2", text)
-    words = [word.lstrip("\"'`*([").rstrip(".,;:!?\"'`*)]") for word in text.split()]
-    return " ".join(str(NUMBER_WORDS.get(word, word)) for word in words if word)
+def _check_objects(objects, size):
+    "[(reason, detail)] of a record's objects on a picture of `size` (width, height)."
+    if not isinstance(objects or [], (list, tuple)):
+        return [("bad object", f"objects is a {type(objects).__name__}")]
+    found = []
+    for thing in objects or []:
+        box = _corners(thing.get("bbox")) if isinstance(thing, dict) else None
+        if box is None or not isinstance(thing.get("label"), str):
+            found.append(("bad object", _short(thing)))
+        elif min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
+            found.append(("box outside the picture",
+                f"{list(box)} on {size[0]} × {size[1]} px"))
+    return found
 
-# %% ../nbs/02_formats.ipynb #9993751e
-def true_answer(
-    record:dict, # a record with an answer
-)->str: # its short answer
-    "The answer to score against: the field, else the final answer, else the last turn."
-    if record.get("answer") is not None: return str(record["answer"])
-    said = record["messages"][-1]["content"]
-    return said if final_answer(said) is None else final_answer(said)
+# %% ../nbs/02_formats.ipynb #76563eaf
+@dataclass
+class RecordReport:
+    "What `check_records` found; prints as a table."
+    source: str    # where the records came from
+    total: int     # number of records
+    problems: list # [(number of the record, from 1; reason; detail)]
+
+    @property
+    def counts(self): # {reason: number of records with it}
+        seen = {(number, reason) for number, reason, _ in self.problems}
+        return dict(Counter(reason for _, reason in sorted(seen)).most_common())
+    @property
+    def bad(self): # numbers of the records that have a problem
+        return sorted({number for number, *_ in self.problems})
+
+    def __repr__(self):
+        lines = [f"{self.source}: {self.total} records, {len(self.bad)} with problems"]
+        for reason, count in self.counts.items():
+            number, detail = next((i, d) for i, r, d in self.problems if r == reason)
+            lines += [f"{count:5} x {reason}: for example record {number}, {detail}",
+                      f"        {REMEDIES[reason]}"]
+        return "\n".join(lines)
+
+# %% ../nbs/02_formats.ipynb #17d71b62
+def check_records(
+    data, # a .json or .jsonl file, or a list of records
+    *,
+    answers:bool=True, # is an answer needed? (yes for training, no for asking)
+)->RecordReport: # counts and reasons; `problems` is empty when all is well
+    "Look for everything that is wrong with a data set, and change nothing."
+    good, problems, n, source = _examine(data, answers)
+    damaged, first = {number for number, *_ in problems}, {}
+    for number, record in good.items():
+        if record.get("objects") and record["images"] and number not in damaged:
+            found = _check_objects(record["objects"], _upright_size(record["images"][0]))
+            problems += [(number, reason, detail) for reason, detail in found]
+        if first.setdefault(record["id"], number) != number:
+            problems.append((number, "id used twice",
+                f"{record['id']!r}, as in record {first[record['id']]}"))
+    return RecordReport(source, n, sorted(problems, key=lambda p: p[0]))

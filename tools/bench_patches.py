@@ -1,0 +1,99 @@
+"""Time `load_tiles` against the plain way, PIL and torchvision tile by tile, on a folder of JPEG photos.
+
+    python tools/bench_patches.py [--photos 12] [--rounds 5] [--threads 1]
+
+Both ways take turns, photo by photo; what is printed is the median of the ratios. Processor time is counted, so that other
+programs on the machine disturb little; with --threads above 1 it is time on the clock, and only `load_tiles` uses the threads.
+"""
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from vlmcourse.formats import open_image
+from vlmcourse.museum import draw_scene, make_scene
+from vlmcourse.patches import IMAGENET_MEAN, IMAGENET_STD, closest_grid, load_tiles, split_tiles
+
+SIZES = [(1920, 1080), (1600, 1200), (1024, 768), (1080, 1920), (640, 480), (800, 800)]   # px, as phones and scanners make them
+to_numbers = Compose([ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def make_photos(folder, n):
+    "`n` JPEG photos of museum shelves, in the sizes above by turns, with a little noise as a camera makes it."
+    rng = np.random.default_rng(0)
+    shelves = [draw_scene(make_scene(i, "train", kind="shelf"), 512) for i in range(min(n, 3))]
+    paths = []
+    for i in range(n):
+        pixels = np.asarray(shelves[i % len(shelves)].resize(SIZES[i % len(SIZES)]), int)
+        pixels = (pixels + rng.integers(-6, 7, pixels.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(folder / f"{i:03d}.jpg")
+        Image.fromarray(pixels).save(paths[-1], quality=90)
+    return paths
+
+
+def plain(path):
+    "Open, resize, crop each tile, turn each into numbers, normalise each, stack."
+    return torch.stack([to_numbers(tile) for tile in split_tiles(path)])
+
+
+def parts(path, clock):
+    "Seconds for reading the file, stretching the picture, and all the rest of the plain way."
+    image, read = timed(lambda: open_image(path), clock)
+    columns, rows = closest_grid(image.size)
+    _, stretch = timed(lambda: (image.resize((448 * columns, 448 * rows)), image.resize((448, 448))), clock)
+    _, whole = timed(lambda: plain(path), clock)
+    return read, stretch, whole - read - stretch
+
+
+def timed(job, clock):
+    "(result, seconds)"
+    start = clock()
+    result = job()
+    return result, clock() - start
+
+
+def middle(values):
+    "Median and quartiles, as text."
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:5.2f}  (middle half {low:.2f} to {high:.2f})"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--photos", type=int, default=12)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--threads", type=int, default=1)
+    a = p.parse_args()
+    if min(a.photos, a.rounds, a.threads) < 1 or a.photos * a.rounds < 2:
+        p.error("--photos, --rounds and --threads must be at least 1, and at least two runs are needed.")
+    torch.set_num_threads(1)
+    clock = time.process_time if a.threads == 1 else time.perf_counter
+    ways = {f"load_tiles, resize={how!r}": dict(resize=how, share=False) for how in ("pil", "torchvision")}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_photos(Path(folder), a.photos)
+        groups = [paths[i:i + a.threads] for i in range(0, len(paths), a.threads)]
+        for path in paths:                       # also warms up
+            assert torch.equal(plain(path), load_tiles(path)[0]), f"{path}: load_tiles is not equal to the plain way"
+        ratios, shares = {name: [] for name in ways}, []
+        for _ in range(a.rounds):
+            for group in groups:
+                slow = timed(lambda: [plain(path) for path in group], clock)[1]
+                for name, options in ways.items():
+                    ratios[name].append(slow / timed(lambda: load_tiles(group, threads=a.threads, **options), clock)[1])
+            shares.append(np.sum([parts(path, clock) for path in paths], 0))
+    unit = "processor time, 1 thread" if a.threads == 1 else f"time on the clock, {a.threads} threads against 1"
+    print(f"{a.photos} photos, {a.rounds} rounds, the ways in turn; {unit}; times as fast as the plain way, median:")
+    for name, values in ratios.items():
+        print(f"  {middle(values)}  {name}" + (", equal bit for bit" if "'pil'" in name else ", nearly equal"))
+    read, stretch, rest = 100 * np.sum(shares, 0) / np.sum(shares)
+    print(f"the plain way spends {read:.0f} % on reading files, {stretch:.0f} % on stretching, {rest:.0f} % on tiles and numbers")
+
+
+if __name__ == "__main__":
+    main()
