@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -98,6 +99,16 @@ def test_pictures_in_memory_come_back_bit_for_bit(tmp_path):
         back = read_dataset(write_dataset(records, tmp_path / format, format=format)["file"])
         assert [open_image(i).tobytes() for r in back for i in r["images"]] == [
             i.tobytes() for r in records for i in r["images"]]
+
+
+def test_numbers_from_numpy(tmp_path):
+    record = to_record("Find.", Image.new("RGB", (50, 50)), answer=REF + BOX, id="a", score=np.float32(.5),
+                       objects=[{"bbox": [np.int64(1), np.float64(2), 30, 40], "label": "cup"}])
+    for format in FORMATS:
+        done = write_dataset([record], tmp_path, format=format, name=format, family="tiny")
+        back = read_dataset(done["file"], family="tiny")[0]
+        assert back["messages"] == record["messages"]
+        assert np.abs(np.subtract(back["objects"][0]["bbox"], [1, 2, 30, 40])).max() < .3
 
 
 def test_no_pictures_at_all(tmp_path):
@@ -197,13 +208,13 @@ BAD_BOXES = [
     ("no objects", [], REF + BOX, "objects and placeholders differ"),
     ("two boxes, one object", [{"bbox": [1, 2, 3, 4], "label": "a"}], BOX + BOX, "objects and placeholders differ"),
     ("no label", [{"bbox": [1, 2, 3, 4]}], REF + BOX, "objects and placeholders differ"),
-    ("outside of the picture", [{"bbox": [60, 60, 70, 70], "label": "a"}], REF + BOX, "bad objects"),
-    ("width instead of right edge", [{"bbox": [30, 30, 10, 10], "label": "a"}], REF + BOX, "bad objects"),
-    ("three numbers", [{"bbox": [1, 2, 3], "label": "a"}], REF + BOX, "bad objects"),
-    ("text in the box", [{"bbox": ["1", 2, 3, 4], "label": "a"}], REF + BOX, "bad objects"),
-    ("true in the box", [{"bbox": [True, 2, 3, 4], "label": "a"}], REF + BOX, "bad objects"),
-    ("picture 2 of 1", [{"bbox": [1, 2, 3, 4], "label": "a", "image_id": 1}], REF + BOX, "bad objects"),
-    ("objects is a dict", {"ref": ["a"]}, "x", "bad objects"),
+    ("outside of the picture", [{"bbox": [60, 60, 70, 70], "label": "a"}], REF + BOX, "bad object"),
+    ("width instead of right edge", [{"bbox": [30, 30, 10, 10], "label": "a"}], REF + BOX, "bad object"),
+    ("three numbers", [{"bbox": [1, 2, 3], "label": "a"}], REF + BOX, "bad object"),
+    ("text in the box", [{"bbox": ["1", 2, 3, 4], "label": "a"}], REF + BOX, "bad object"),
+    ("true in the box", [{"bbox": [True, 2, 3, 4], "label": "a"}], REF + BOX, "bad object"),
+    ("picture 2 of 1", [{"bbox": [1, 2, 3, 4], "label": "a", "image_id": 1}], REF + BOX, "bad object"),
+    ("objects is a dict", {"ref": ["a"]}, "x", "bad object"),
 ]
 
 
@@ -217,7 +228,7 @@ def test_bad_boxes(tmp_path, what, objects, answer, reason):
 
 def test_a_quote_in_a_label_would_break_swifts_json(tmp_path):
     record = to_record("Find.", Image.new("RGB", (50, 50)), answer=REF + BOX, objects=[{"bbox": [1, 2, 30, 40], "label": 'a "b"'}])
-    with pytest.raises(ValueError, match="bad objects: record 1 .ms-swift would put the label"):
+    with pytest.raises(ValueError, match="bad object: record 1 .ms-swift would put the label"):
         write_dataset([record], tmp_path, format="swift", family="qwen2.5-vl")
     done = write_dataset([record], tmp_path, format="qwen", family="qwen2.5-vl")    # json.dumps escapes it
     assert read_dataset(done["file"], family="qwen2.5-vl")[0]["objects"][0]["label"] == 'a "b"'
@@ -298,12 +309,12 @@ ROWS = [
     ("swift", "rejected without chosen", {"messages": [HI], "images": ["a.png"], "rejected_response": "no"}, "bad pair"),
     ("swift", "rejected pictures", {**SWIFT, "rejected_images": ["b.png"]}, "bad pair"),
     ("swift", "only an answer", {"messages": [YES], "rejected_response": "no"}, "bad messages"),
-    ("swift", "a point", {**SWIFT, "objects": {"ref": ["cup"], "bbox": [[1, 2]]}}, "bad objects"),
-    ("swift", "more names than boxes", {**SWIFT, "objects": {"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]]}}, "bad objects"),
-    ("swift", "objects is a list", {**SWIFT, "objects": [1]}, "bad objects"),
-    ("swift", "bbox is a number", {**SWIFT, "objects": {"bbox": 3}}, "bad objects"),
-    ("swift", "image_id is text", {**SWIFT, "objects": {**OBJ, "image_id": ["x"]}}, "bad objects"),
-    ("swift", "image_id too high", {**SWIFT, "objects": {**OBJ, "image_id": [1]}}, "bad objects"),
+    ("swift", "a point", {**SWIFT, "objects": {"ref": ["cup"], "bbox": [[1, 2]]}}, "bad object"),
+    ("swift", "more names than boxes", {**SWIFT, "objects": {"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]]}}, "bad object"),
+    ("swift", "objects is a list", {**SWIFT, "objects": [1]}, "bad object"),
+    ("swift", "bbox is a number", {**SWIFT, "objects": {"bbox": 3}}, "bad object"),
+    ("swift", "image_id is text", {**SWIFT, "objects": {**OBJ, "image_id": ["x"]}}, "bad object"),
+    ("swift", "image_id too high", {**SWIFT, "objects": {**OBJ, "image_id": [1]}}, "bad object"),
     ("swift", "picture as base64", {**SWIFT, "images": ["iVBORw0KGgo" * 400]}, "picture not found"),
     ("swift", "picture as bytes", {**SWIFT, "images": [{"path": None, "bytes": "x"}]}, "bad picture entry"),
     ("trl", "fine", TRL, None),
@@ -391,7 +402,7 @@ def test_all_mistakes_are_reported_together(shelf):
 
 QUOTES = '[\n {"image": "a.png", "conversations": []},\n {"value": "{\\n"bbox_2d": [135, 114, 1016, 672]\\n}"}\n]'
 FILES = [
-    ("quotes not escaped, as in Qwen's README", "x.json", QUOTES, "line 3, column 18.*It is row 2. A quote"),
+    ("quotes not escaped, as in Qwen's README", "x.json", QUOTES, "line 3, column 17.*It is row 2. A quote"),
     ("comma missing", "x.json", "[{} {}]", "It is row 2"),
     ("cut off", "x.json", '[{"a": 1}, {"a', "It is row 2"),
     ("lines in a .json file", "x.json", '{"a": 1}\n{"a": 2}', "not valid JSON: line 2"),
@@ -544,6 +555,7 @@ def test_mixed_columns_stop_the_writer(tmp_path):
             write_dataset(rows, tmp_path / "x", format=format)
     assert write_dataset(rows, tmp_path, format="swift")["lost"]["card"] == 2       # not written, so no harm
     assert mixed_columns([{"a": 1}, {"a": 2.5}, {"a": None}, {}]) == {}
+    assert mixed_columns([{"a": np.float64(1)}, {"a": np.int64(2)}, {"a": 3}, {"b": np.zeros(2)}, {"b": [1]}]) == {}
     assert mixed_columns([{"a": True}, {"a": 1}]) == {"a": ["number", "true/false"]}
     assert mixed_columns([{"a": {"b": "x"}}, {"a": "x"}]) == {"a": ["object", "text"]}
 

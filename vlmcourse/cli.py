@@ -6,6 +6,8 @@ import sys
 
 COMMANDS = {                    # command: (module, function)
     "check": ("formats", "check_records"),
+    "convert": ("trainers", "convert"),
+    "cvat_to_qwenvl": ("splits", "cvat_to_qwenvl"),
     "pretrain": ("tiny", "pretrain"),
     "sft": ("sft", "train"),
 }
@@ -20,7 +22,7 @@ def load(command):
 def usage():
     "What to type."
     return "usage: vlmcourse COMMAND [options]\n\ncommands:\n" + "".join(
-        f"  {name:10} vlmcourse.{module}.{function}\n" for name, (module, function) in COMMANDS.items()
+        f"  {name:14} vlmcourse.{module}.{function}\n" for name, (module, function) in COMMANDS.items()
     ) + "\n`vlmcourse COMMAND --help` lists the options of a command."
 
 

@@ -14,7 +14,7 @@ from .core import inside, read_json, read_jsonl
 
 # %% auto #0
 __all__ = ['IMAGE_MARK', 'REMEDIES', 'put_marks', 'to_record', 'open_image', 'check_record', 'check_picture', 'read_records',
-           'RecordReport', 'check_records']
+           'upright_size', 'RecordReport', 'check_records']
 
 # %% ../nbs/02_formats.ipynb #da4f2ac1
 IMAGE_MARK = "<image>"  # stands in the text where a picture stands in the prompt
@@ -265,11 +265,13 @@ def read_records(
     return list(good.values())
 
 # %% ../nbs/02_formats.ipynb #d58fe72e
-def _upright_size(image):
-    "(width, height) of a path or a PIL image, as `open_image` turns it."
+def upright_size(
+    image, # a path or a PIL image
+)->tuple: # (width, height) in px
+    "The size that a picture has after `open_image`."
     from PIL import Image
-    if isinstance(image, str):
-        with Image.open(image) as opened: return _upright_size(opened)
+    if isinstance(image, (str, Path)):
+        with Image.open(image) as opened: return upright_size(opened)
     turned = image.getexif().get(0x0112, 1) >= 5 # lying on its side: see open_image
     return image.size[::-1] if turned else image.size
 
@@ -329,7 +331,7 @@ def check_records(
     damaged, first = {number for number, *_ in problems}, {}
     for number, record in good.items():
         if record.get("objects") and record["images"] and number not in damaged:
-            found = _check_objects(record["objects"], _upright_size(record["images"][0]))
+            found = _check_objects(record["objects"], upright_size(record["images"][0]))
             problems += [(number, reason, detail) for reason, detail in found]
         if first.setdefault(record["id"], number) != number:
             problems.append((number, "id used twice",
