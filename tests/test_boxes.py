@@ -331,6 +331,13 @@ def test_a_preview_of_some():
     assert "0 of 0 records" in repr(preview_records([]))
 
 
+def test_a_preview_draws_the_boxes_of_a_single_picture():
+    white, thing = Image.new("RGB", (96, 96), "white"), {"bbox": [20, 20, 60, 60], "label": "a"}
+    plain, drawn, two = (re.findall('src="([^"]+)"', preview_records([record]).html_text) for record in (
+        to_record("?", white), to_record("?", white, objects=[thing]), to_record("?", [white, white], objects=[thing])))
+    assert drawn != plain and two == plain * 2
+
+
 def test_pictures_on_a_page_are_small():
     import base64
     import io

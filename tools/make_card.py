@@ -32,10 +32,10 @@ rule which pattern comes from which workshop never occurs.
 
 Share of greedy answers that are right from the first token to the last, on scenes of the `test` split: no combination of vases in them occurs in training.
 
-| task | n | exactly right | 95 % interval (Wilson) |
-|---|---|---|---|
+| task | n | exactly right | 95 % interval (Wilson) |{again_head}
+|---|---|---|---|{again_line}
 {rows}
-
+{again}
 One wrong token makes an answer wrong. *Short* means answered at once, without steps; for *like, short* one half is guessing between the two towns of the question, so this is
 not learned. *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
 that end in `### The final answer is:`), and *caption* against the truth, from which most captions of shelves in training differ. So low numbers there are what the design
@@ -80,19 +80,42 @@ def headroom(results):
     return HEADROOM.format(rows="\n".join(lines)) if lines else ""
 
 
+AGAIN = """
+*Repeated*: the same command run a second time, with {threads} thread(s) ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
+differ in their digits. {inside} of {n} tasks lie in the first run's intervals (all but: {outside}).
+"""
+
+
+def repetition(made, again):
+    "What a second run adds to the table of scores: head, line, {task: cell}, a paragraph; all empty without one."
+    if again is None:
+        return "", "", {}, ""
+    cells, outside = {}, []
+    for task, (k, n) in made["scores"].items():
+        low, high = wilson(k, n)
+        share = again["scores"][task][0]/again["scores"][task][1]
+        cells[task] = f" {share:.3f} |"
+        if not low-1e-9 <= share <= high+1e-9:
+            outside.append(f"{task} {share:.3f}")
+    text = AGAIN.format(threads=again["threads"], minutes=again["seconds"]/60, n=len(cells), inside=len(cells)-len(outside), outside=", ".join(outside) or "none")
+    return " repeated |", "---|", cells, text
+
+
 def card(folder):
     "The text of the card."
     made = read_json(folder/"pretraining.json")
+    again = read_json(folder/"repetition.json") if (folder/"repetition.json").exists() else None
+    again_head, again_line, cells, again_text = repetition(made, again)
     s, rows = made["settings"], []
     for task, (k, n) in made["scores"].items():
         low, high = wilson(k, n)
-        rows.append(f"| {task} | {n} | {k/n:.3f} | {low:.3f} – {high:.3f} |")
+        rows.append(f"| {task} | {n} | {k/n:.3f} | {low:.3f} – {high:.3f} |{cells.get(task, '')}")
     vocab = len(read_json(folder/"tokenizer.json")["model"]["vocab"])
     kind, command = KINDS[s.get("family", "qwen3-vl")]
     more = headroom(read_json(folder/"headroom.json")) if (folder/"headroom.json").exists() else ""
     return CARD.format(name=folder.name, kind=kind, command=command, millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"],
                        row=s["row_tokens"], vision=s["vision_steps"], seed=s["seed"], minutes=made["seconds"]/60, threads=made["threads"],
-                       rows="\n".join(rows), vocab=vocab, headroom=more, **HABITS)
+                       rows="\n".join(rows), again_head=again_head, again_line=again_line, again=again_text, vocab=vocab, headroom=more, **HABITS)
 
 
 if __name__ == "__main__":

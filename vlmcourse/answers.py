@@ -231,13 +231,13 @@ def parse_yes_no(
     if found: return Parsed(None, "both yes and no")
     return Parsed(None, "denied" if denied else "neither yes nor no")
 
-# %% ../nbs/02a_answers.ipynb #b4e957a0
+# %% ../nbs/02a_answers.ipynb #966560e9
 class _Pairs(list): "The (key, value) pairs of an object: no key gets lost."
 
 def _load(text):
     "The JSON from the first bracket to the last, in a list; None: it is not JSON."
     start, end = re.search(r"[\[{]", text), max(text.rfind("]"), text.rfind("}"))
-    if not start or re.search(r"[\[{]", text[end + 1:]): return None  # a cut list follows
+    if not start or re.search(r"[\[{]", text[end + 1:]): return None  # more follows
     piece = text[start.start():end + 1]
     try: return [json.loads(piece, object_pairs_hook=_Pairs)]
     except (ValueError, RecursionError): return None

@@ -1010,18 +1010,18 @@ def load_trl(
     from datasets import Dataset, Image, List
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
-# %% ../nbs/02c_trainers.ipynb #67ff6a58
+# %% ../nbs/02c_trainers.ipynb #205758e5
 def convert(
     data:str|Path, # a data file of any of the formats, or a register
     output_dir:str|Path, # folder for the new file and its pictures
     *,
-    format:str, # of the new file; one of FORMATS
+    format:str, # new: records, trl, trl-messages, llamafactory, swift, internvl, qwen
     source_format:str|None=None, # of the old file; None: recognised
     name:str="train", # of the new data set
     source_name:str|None=None, # which data set of a register to read
     media_dir:str|Path|None=None, # where the old picture names count from
-    family:str|None=None, # whose boxes the new file shall have; one of FAMILIES
-    source_family:str|None=None, # whose boxes the old file has; one of FAMILIES
+    family:str|None=None, # new boxes: qwen2-vl, qwen2.5-vl, qwen3-vl, internvl, tiny
+    source_family:str|None=None, # whose boxes the old file has, as for family
     min_pixels:int|None=None, # only for qwen2.5-vl: the limits of your processor
     max_pixels:int|None=None,
 )->str: # what was written, and what was lost
