@@ -289,6 +289,13 @@ def test_odd_boxes_are_drawn(bbox, label):
         assert changed(Image.new("RGB", (384, 384), "white"), draw_boxes(image, **options))  # at least the tag is seen
 
 
+def test_swapped_corners_are_drawn_and_named():
+    white = Image.new("RGB", (800, 600), "white")
+    straight, swapped = (draw_boxes(white, [{"bbox": box, "label": "a"}]) for box in ([200, 300, 500, 450], [500, 450, 200, 300]))
+    assert straight.crop((0, 300, 800, 600)).tobytes() == swapped.crop((0, 300, 800, 600)).tobytes()  # the same frame
+    assert changed(straight, swapped)  # another tag
+
+
 def test_many_boxes_and_bad_ones():
     image = draw_scene(make_scene(1, "train"), 96)
     assert draw_boxes(image, [{"bbox": [i, i, i + 5, i + 5], "label": "v"} for i in range(90)]).size == (384, 384)
@@ -310,14 +317,14 @@ def test_a_preview_shows_everything_and_is_safe(tmp_path):
         {**to_record("A pair", Image.new("L", (9, 9))), "chosen": "good" + EVIL, "rejected": "bad", "kto_tag": False, "answer": "4"},
         to_record("Broken", str(tmp_path / "b.png")), to_record("Gone", str(tmp_path / "gone.png")),
         {"images": ["x.png"], "objects": [{"label": "no box"}]}, {}, {"messages": None, "images": None},
-        {"messages": ["text"], "images": []}]
+        {"messages": ["text"], "images": ["<u>x</u>.png"]}]
     page = preview_records(records, 20)
     assert isinstance(page, Html) and page._repr_html_() == page.html_text
     tags = set(re.findall(r"<\s*(\w+)", page.html_text))
     assert tags == {"table", "tr", "td", "div", "b", "br", "i", "img", "span", "p"}
     assert "onerror=alert(1)>" not in page.html_text and page.html_text.count("&lt;script&gt;") == 5
     assert page.html_text.count('<img src="data:image/jpeg;base64,') == 4 and "http" not in page.html_text
-    assert page.html_text.count("cannot be shown") == 3
+    assert page.html_text.count("cannot be shown") == 4 and "gone.png" in page.html_text
     assert page.html_text.count("&lt;image&gt;</span>") == 1 + 2 + 1 + 1 + 1  # the marks are framed
     for word in ("chosen:", "rejected: bad", "kto_tag: False", "answer: 4", "boxes: 1 v (not drawn", "boxes: 1 <script>", EVIL, "9 of 9 records"):
         assert word in repr(page)

@@ -36,8 +36,7 @@ Share of greedy answers that are right from the first token to the last, on scen
 |---|---|---|---|{again_line}
 {rows}
 {again}
-One wrong token makes an answer wrong. *Short* means answered at once, without steps; for *like, short* one half is guessing between the two towns of the question, so this is
-not learned. *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
+One wrong token makes an answer wrong. *Short* means answered at once, without steps. {guessed} *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
 that end in `### The final answer is:`), and *caption* against the truth, from which most captions of shelves in training differ. So low numbers there are what the design
 wants: the lessons teach what is missing. *locate* wants all four numbers of a box exact to the pixel.
 {headroom}
@@ -86,6 +85,17 @@ differ in their digits. {inside} of {n} tasks lie in the first run's intervals (
 """
 
 
+HALF = ("left_right", "above_below", "presence", "things", "same, short", "like, short")     # tasks with two possible answers, each about as often
+
+
+def guessing(scores):
+    "A sentence about the tasks with two answers whose interval holds one half."
+    found = [t for t in HALF if wilson(*scores[t])[0] <= .5 <= wilson(*scores[t])[1]]
+    if not found:
+        return "No task with two possible answers is at one half."
+    return f"*Not learned*: one half is guessing for {', '.join(f'*{t}*' for t in found)}, and the score does not differ from it."
+
+
 def repetition(made, again):
     "What a second run adds to the table of scores: head, line, {task: cell}, a paragraph; all empty without one."
     if again is None:
@@ -115,7 +125,7 @@ def card(folder):
     more = headroom(read_json(folder/"headroom.json")) if (folder/"headroom.json").exists() else ""
     return CARD.format(name=folder.name, kind=kind, command=command, millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"],
                        row=s["row_tokens"], vision=s["vision_steps"], seed=s["seed"], minutes=made["seconds"]/60, threads=made["threads"],
-                       rows="\n".join(rows), again_head=again_head, again_line=again_line, again=again_text, vocab=vocab, headroom=more, **HABITS)
+                       rows="\n".join(rows), again_head=again_head, again_line=again_line, again=again_text, guessed=guessing(made["scores"]), vocab=vocab, headroom=more, **HABITS)
 
 
 if __name__ == "__main__":
