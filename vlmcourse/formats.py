@@ -13,8 +13,8 @@ from pathlib import Path
 from .core import inside, read_json, read_jsonl
 
 # %% auto #0
-__all__ = ['IMAGE_MARK', 'REMEDIES', 'put_marks', 'to_record', 'open_image', 'check_record', 'check_picture', 'read_records',
-           'upright_size', 'RecordReport', 'check_records']
+__all__ = ['IMAGE_MARK', 'REMEDIES', 'put_marks', 'to_record', 'open_image', 'check_record', 'find_picture', 'check_picture',
+           'damaged_pictures', 'problem_text', 'read_records', 'upright_size', 'RecordReport', 'check_records']
 
 # %% ../nbs/02_formats.ipynb #da4f2ac1
 IMAGE_MARK = "<image>"  # stands in the text where a picture stands in the prompt
@@ -152,20 +152,24 @@ def check_record(
     return found
 
 # %% ../nbs/02_formats.ipynb #d6af68fd
-def _place(image, folder):
-    "(path of a picture entry, None), or (None, (reason, detail))."
+def find_picture(
+    image, # an entry of `images`: a file name
+    folder:Path|None, # the folder that names count from and must stay in; None: anywhere
+)->tuple: # (path, None), or (None, (reason, detail)); reasons are keys of REMEDIES
+    "The file that a record's entry names. It is not opened."
     if not isinstance(image, (str, Path)):
         return None, ("bad picture entry", f"{_short(image)} is not a file name")
     if not str(image).strip(): return None, ("bad picture entry", "an empty file name")
     if re.match(r"[a-zA-Z]{2,}://|data:", str(image)):
         return None, ("picture is a web address", _short(str(image)))
+    name = str(image) if len(str(image)) <= 60 else _short(str(image)) # base64 is long
     if folder is None: path = Path(image).expanduser().absolute()
     else:
         try: path = inside(folder, str(image))
-        except ValueError: return None, ("picture outside the folder", str(image))
+        except ValueError: return None, ("picture outside the folder", name)
     try: there = path.is_file()
     except OSError: there = False # for example a name that is too long
-    return (path, None) if there else (None, ("picture not found", str(image)))
+    return (path, None) if there else (None, ("picture not found", name))
 
 # %% ../nbs/02_formats.ipynb #bdb566b6
 def check_picture(
@@ -208,7 +212,7 @@ def _with_pictures(row, number, folder):
     images, found = [], []
     for entry in row.get("images") or []:
         in_memory = folder is None and hasattr(entry, "getexif")  # a PIL image
-        image, problem = (entry, None) if in_memory else _place(entry, folder)
+        image, problem = (entry, None) if in_memory else find_picture(entry, folder)
         if problem: found.append(problem)
         else: images.append(image if in_memory else str(image))
     record = {**row, "id": str(row.get("id", number)), "images": images}
@@ -216,7 +220,9 @@ def _with_pictures(row, number, folder):
     return put_marks(record), found
 
 # %% ../nbs/02_formats.ipynb #7a7be997
-def _damaged_pictures(good):
+def damaged_pictures(
+    good:dict, # {number of the record: record}
+)->list: # [(number, reason, detail)] of the pictures that cannot be read to the end
     "Read every picture file once, several at a time."
     rows = {}
     for number, record in good.items():
@@ -227,17 +233,25 @@ def _damaged_pictures(good):
             for number, problem in zip(rows.values(), broken) if problem]
 
 # %% ../nbs/02_formats.ipynb #25626d24
-def _report(problems, n, source):
-    "One paragraph: how many records are bad, why, where, and what to do."
+def problem_text(
+    problems:list, # [(number, reason, detail)]
+    n:int, # how many records were looked at
+    source:str, # where they came from
+    *,
+    what:str="records", # what they are called
+    remedies:dict|None=None, # {reason: what to do}; None: REMEDIES
+)->str: # one paragraph
+    "How many records are bad, why, where, and what to do."
+    remedies = REMEDIES if remedies is None else remedies
     bad = {number for number, *_ in problems}
     counts = Counter(reason for _, reason, _ in problems)
     parts = []
     for reason, count in counts.most_common():
-        first = [f"record {i} ({d})" for i, r, d in problems if r == reason][:3]
+        first = [f"{what[:-1]} {i} ({d})" for i, r, d in problems if r == reason][:3]
         more = ", …" if count > len(first) else ""
-        parts.append(f"{count} x {reason}: {', '.join(first)}{more} -> {REMEDIES[reason]}")
-    return (f"{source}: {len(bad)} of {n} records cannot be used, so none was taken. "
-        + ". ".join(parts) + ". Records are counted from 1.")
+        parts.append(f"{count} x {reason}: {', '.join(first)}{more} -> {remedies[reason]}")
+    return (f"{source}: {len(bad)} of {n} {what} cannot be used, so none was taken. "
+        + ". ".join(parts) + f". {what.capitalize()} are counted from 1.")
 
 # %% ../nbs/02_formats.ipynb #9695f402
 def _examine(data, answers):
@@ -251,7 +265,7 @@ def _examine(data, answers):
         found = check_record(row, answers=answers)
         if not found: good[number], found = _with_pictures(row, number, folder)
         problems += [(number, reason, detail) for reason, detail in found]
-    return good, problems + _damaged_pictures(good), len(rows), source
+    return good, problems + damaged_pictures(good), len(rows), source
 
 # %% ../nbs/02_formats.ipynb #de408f30
 def read_records(
@@ -261,7 +275,7 @@ def read_records(
 )->list: # the records, ready for use: marks in place, paths absolute
     "Read and check records. All mistakes are reported together, none is passed over."
     good, problems, n, source = _examine(data, answers)
-    if problems: raise ValueError(_report(problems, n, source))
+    if problems: raise ValueError(problem_text(problems, n, source))
     return list(good.values())
 
 # %% ../nbs/02_formats.ipynb #d58fe72e

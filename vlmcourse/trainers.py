@@ -12,7 +12,6 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +20,8 @@ from .boxes import FAMILIES, read_objects, say_objects, to_model_box
 from .core import (
     atomic_path, inside, read_json, read_jsonl, write_json, write_jsonl)
 from .formats import (
-    IMAGE_MARK, REMEDIES, check_picture, check_record, open_image, put_marks,
-    read_records, upright_size)
+    IMAGE_MARK, REMEDIES, check_record, damaged_pictures, find_picture, open_image,
+    problem_text, put_marks, read_records, upright_size)
 
 # %% auto #0
 __all__ = ['KINDS', 'ROW_REMEDIES', 'OWN', 'EXTRA', 'TAKEN', 'CONV', 'REF', 'BOX', 'FORMATS', 'PAIRS', 'QWEN', 'ARROW', 'kind_of',
@@ -616,16 +615,8 @@ def _refuse_mixed(rows, source):
 
 # %% ../nbs/02c_trainers.ipynb #ebc28fc7
 def _complain(problems, n, source, what="records"):
-    "Raise one paragraph: how many rows are bad, why, where, and what to do."
-    bad = {number for number, *_ in problems}
-    parts = []
-    for reason, count in Counter(reason for _, reason, _ in problems).most_common():
-        first = [f"{what[:-1]} {i} ({d})" for i, r, d in problems if r == reason][:3]
-        more = ", …" if count > len(first) else ""
-        parts.append(f"{count} x {reason}: {', '.join(first)}{more} -> "
-            f"{ROW_REMEDIES[reason]}")
-    raise ValueError(f"{source}: {len(bad)} of {n} {what} cannot be used, so none was "
-        f"taken. {'. '.join(parts)}. {what.capitalize()} are counted from 1.")
+    text = problem_text(problems, n, source, what=what, remedies=ROW_REMEDIES)
+    raise ValueError(text)
 
 def _check_family(family):
     if family not in (None, *FAMILIES): raise ValueError(f"family={family!r} is not "
@@ -908,18 +899,6 @@ def _open_info(path, entry):
     return [_our_names(row, columns, names) for row in rows], file, path.parent
 
 # %% ../nbs/02c_trainers.ipynb #cd7e2a53
-def _locate(entry, folder):
-    "(full path, None), or (None, (reason, detail)) of a picture entry."
-    if not isinstance(entry, str) or not entry.strip():
-        return None, ("bad picture entry", f"{_brief(entry)} is not a file name")
-    if re.match(r"[a-zA-Z]{2,}://|data:", entry):
-        return None, ("picture is a web address", _brief(entry))
-    try: path = inside(folder, entry)
-    except ValueError: return None, ("picture outside the folder", _brief(entry))
-    try: there = path.is_file()
-    except OSError: there = False  # a picture as text (base64) is too long for a name
-    return (str(path), None) if there else (None, ("picture not found", _brief(entry)))
-
 def _read_row(row, number, format, folder):
     "(record, [(reason, detail)]) of one row."
     try:
@@ -934,8 +913,8 @@ def _read_row(row, number, format, folder):
     if kind == "kto" or kind not in FORMATS[format].kinds: found = check_record(record)
     found, places = found + check_kind(record), []
     for entry in record.get("images") or []:
-        path, problem = _locate(entry, folder)
-        places.append(path)
+        path, problem = find_picture(entry, folder)
+        places.append(str(path))
         if problem: found.append(problem)
     return put_marks({**record, "images": places}), found
 
@@ -949,15 +928,6 @@ def _in_pixels(record):
         sides = sizes[one.get("image_id", 0)] * 2
         return {**one, "bbox": [n * side for n, side in zip(one["bbox"], sides)]}
     return {**record, "objects": [scale(one) for one in record["objects"]]}
-
-def _damaged(good):
-    "[(number, reason, detail)] of pictures that cannot be read to the end."
-    first = {}
-    for number, record in good.items():
-        for image in record["images"]: first.setdefault(image, number)
-    with ThreadPoolExecutor() as pool: broken = list(pool.map(check_picture, first))
-    return [(number, "picture is damaged", problem)
-            for number, problem in zip(first.values(), broken) if problem]
 
 # %% ../nbs/02c_trainers.ipynb #326ec39d
 def read_dataset(
@@ -988,7 +958,7 @@ def read_dataset(
         record, found = _read_row(row, number, format, folder)
         problems += [(number, *problem) for problem in found]
         if not found: good[number] = record
-    problems += _damaged(good)
+    problems += damaged_pictures(good)
     if problems: _complain(problems, len(rows), f"{path} as {format}", "rows")
     records = [_in_pixels(record) for record in good.values()]
     if family is None: return records
