@@ -298,6 +298,8 @@ def test_swapped_corners_are_drawn_and_named():
 
 def test_many_boxes_and_bad_ones():
     image = draw_scene(make_scene(1, "train"), 96)
+    long, short = (draw_boxes(image, [{"bbox": [1, 1, 9, 9], "label": "x" * n}]).tobytes() for n in (5000, 40))
+    assert long == short  # a label over 40 letters is cut
     assert draw_boxes(image, [{"bbox": [i, i, i + 5, i + 5], "label": "v"} for i in range(90)]).size == (384, 384)
     with pytest.raises(ValueError, match="four finite"):
         draw_boxes(image, [{"bbox": [1, 2, math.nan, 4]}])
@@ -348,7 +350,9 @@ def test_a_preview_draws_the_boxes_of_a_single_picture():
 def test_pictures_on_a_page_are_small():
     import base64
     import io
-    text = picture_html(draw_scene(make_scene(1, "train"), 480), height=100)
+    photo = draw_scene(make_scene(1, "train"), 480)
+    text = picture_html(photo, height=100)
+    assert photo.size == (480, 480)  # the given picture stays as it is
     data = base64.b64decode(re.search(r"base64,([^\"]+)", text)[1])
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (200, 200)
