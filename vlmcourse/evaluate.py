@@ -5,9 +5,7 @@
 # %% ../nbs/13_evaluate.ipynb #18d04b3f
 from __future__ import annotations
 
-import base64
 import html
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,12 +14,13 @@ from math import sqrt
 import numpy as np
 
 from .answers import ANSWER_MARK, final_answer, normalise_answer, true_answer
-from .formats import IMAGE_MARK, open_image
+from .boxes import Html, picture_html
+from .formats import IMAGE_MARK, upright_size
 from .vlm import ask_batch
 
 # %% auto #0
 __all__ = ['wants_marker', 'is_right', 'score_answers', 'wilson', 'Table', 'show_share', 'Scores', 'guess_rate', 'evaluate',
-           'blank_images', 'Gain', 'paired_gain', 'kind_of_gain', 'gain_table', 'Html', 'show_answers']
+           'blank_images', 'Gain', 'paired_gain', 'kind_of_gain', 'gain_table', 'show_answers']
 
 # %% ../nbs/13_evaluate.ipynb #33e0fb9f
 def _said(record, role):
@@ -224,7 +223,7 @@ def blank_images(
 
     blank = []
     for record in records:
-        sizes = [open_image(image).size for image in record["images"]]
+        sizes = [upright_size(image) for image in record["images"]]
         grey = [Image.new("RGB", size, (128, 128, 128)) for size in sizes]
         blank.append({**record, "images": grey})
     return blank
@@ -328,29 +327,6 @@ def gain_table(
     head = ["score", "n", "before", "after", "gain"]
     return Table(head, lines, kind="vlm-gain", note=f"{note} Brackets: 95 % intervals.")
 
-# %% ../nbs/13_evaluate.ipynb #65c42973
-class Html:
-    "Ready HTML with a text twin."
-
-    def __init__(self, html_text, text):
-        self.html_text, self.text = html_text, text
-
-    def _repr_html_(self):
-        return self.html_text
-
-    def __repr__(self):
-        return self.text
-
-
-def _picture(image, height=96):
-    "An <img> with the picture inside, as a small JPEG."
-    image = open_image(image).copy()
-    image.thumbnail((4 * height, 2 * height))
-    memory = io.BytesIO()
-    image.save(memory, "JPEG", quality=85)
-    data = base64.b64encode(memory.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" height="{height}" alt="photo">'
-
 # %% ../nbs/13_evaluate.ipynb #77444241
 def show_answers(
     records: list,  # questions with pictures
@@ -374,7 +350,7 @@ def show_answers(
             lines[f"{name} ({verdict})"] = answers[i]
         safe = {html.escape(k): html.escape(str(v)) for k, v in lines.items()}
         words = "<br>".join(f"<b>{k}:</b> {v}" for k, v in safe.items())
-        photos = "".join(map(_picture, record["images"]))
+        photos = "".join(map(picture_html, record["images"]))
         words = f'<td style="text-align:left">{words}</td>'
         rows.append(f"<tr><td>{photos}</td>{words}</tr>")
         text.append("\n".join(f"{k}: {v}" for k, v in lines.items()))

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from . import __version__
 from .core import run_dir, set_seed
-from .evaluate import Html, Scores, evaluate
+from .boxes import Html
+from .evaluate import Scores, evaluate
 from .formats import read_records
 from .lora import add_lora, count_trainable, save_adapter
 from .loop import SCHEDULES, fit
