@@ -312,13 +312,13 @@ def nasty(n):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_megabyte_of_nonsense_is_read_in_seconds(reader):
-    times = {name: [] for name in nasty(1)}
-    for n in (20_000, 160_000):
-        for name, text in nasty(n).items():
-            start = time.process_time()
-            reader(text)
-            times[name].append(time.process_time() - start)
-    # eight times the text: about eight times the time; a search that goes back would need 64 times
-    slow = {name: seconds for name, seconds in times.items() if seconds[1] > 24 * max(seconds[0], 0.02)}
-    assert not slow
+    short, long = nasty(20_000), nasty(160_000)
+    def seconds(text):
+        start = time.process_time()
+        reader(text)
+        return time.process_time() - start
+    # eight times the text: about eight times the time; a search that goes back would need 64 times. A busy machine can
+    # slow down one reading, so the best of three counts.
+    def slow(name): return seconds(long[name]) > 24 * max(seconds(short[name]), 0.02)
+    assert not [name for name in short if all(slow(name) for _ in range(3))]
     reader("[{\"bbox_2d\": [1, 2, 3, 4], \"label\": \"" + "x" * 1_000_000 + "\"}]")

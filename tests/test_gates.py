@@ -125,7 +125,7 @@ def missing_picture(tree):
 
 
 @pytest.mark.parametrize("gate, breakage, says", [
-    (gates.names, no_number, "museum.ipynb is neither NN_name.ipynb nor a page"),
+    (gates.names, no_number, "museum.ipynb is neither NN_name.ipynb (or NNa_name.ipynb) nor a page"),
     (gates.names, other_name, "It must say `#| default_exp gallery`"),
     (gates.names, same_number, "00_core.ipynb, 00_museum.ipynb share the number 00"),
     (gates.names, no_default_exp, "default_exp nowhere"),

@@ -23,11 +23,11 @@ from .formats import read_records
 from .lora import add_lora, count_trainable, save_adapter
 from .loop import SCHEDULES, fit
 from .runlog import RunLog, plot_log, read_log
-from .vlm import encode, load_vlm, render, to_device
+from .vlm import encode, load_vlm, to_device
 
 # %% auto #0
-__all__ = ['LOOP_SETTINGS', 'token_loss', 'answer_loss', 'show_labels', 'sft_loss', 'EncodedRecords', 'join', 'data_hash',
-           'versions', 'validation_loss', 'val_metrics', 'Run', 'train']
+__all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'token_loss', 'answer_loss', 'token_jobs', 'show_labels', 'sft_loss', 'EncodedRecords',
+           'join', 'data_hash', 'versions', 'validation_loss', 'val_metrics', 'Run', 'train']
 
 # %% ../nbs/14_sft.ipynb #ac7cf52c
 def token_loss(
@@ -45,23 +45,59 @@ def answer_loss(
     "The SFT loss: the row of token t is compared with token t + 1."
     return token_loss(logits[:, :-1], labels[:, 1:])
 
-# %% ../nbs/14_sft.ipynb #3778cefa
+# %% ../nbs/14_sft.ipynb #e93743e5
+def token_jobs(
+    processor,  # the model's processor
+    ids: list,  # token ids of one record of a batch
+    mask: list,  # 1 for a token of the record, 0 for padding
+    labels: list,  # the token id where there is loss, -100 where there is none
+) -> list:  # "picture", "prompt", "answer", "end" or "padding" for each token
+    "What each token of a record is there for; answer and end carry loss."
+    names = processor.tokenizer
+    ends = {names.eos_token_id, names.convert_tokens_to_ids("<|im_end|>")}
+
+    def job(i, real, label):
+        if not real: return "padding"
+        if label != -100: return "end" if i in ends else "answer"
+        return "picture" if i == processor.image_token_id else "prompt"
+
+    return [job(*token) for token in zip(ids, mask, labels)]
+
+# %% ../nbs/14_sft.ipynb #33263a7b
+LABEL_LOOK = {
+    "picture": "background:#dbe4f0;color:#222",
+    "prompt": "opacity:.6",
+    "answer": "border:1px solid #5b6472;font-weight:bold",
+    "end": "border:2px solid #b3541e;font-weight:bold",
+    "padding": "background:#eee;color:#555;font-style:italic",
+}
+
+
 def show_labels(
     processor,  # the model's processor
-    record: dict,  # one record with an answer
-) -> Html:  # the prompt in grey, each token with loss in a box; text elsewhere
-    "Show which tokens of a record carry loss."
-    batch = encode(processor, [record])
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    prompt, _ = render(processor, record)
-    learned = [processor.tokenizer.decode([i]) for i in ids[labels != -100].tolist()]
-    box = '<span style="border:1px solid #5b6472;padding:0 2px">{}</span>'
-    boxes = " ".join(box.format(html.escape(token)) for token in learned)
-    free = f"{len(ids) - len(learned)} tokens without loss, the pictures among them:"
-    paid = f"{len(learned)} tokens with loss:"
-    grey = f'<span style="opacity:.6">{html.escape(prompt)}</span>'
-    page = f"<p>{free}<br>{grey}</p><p>{paid}<br>{boxes}</p>"
-    return Html(page, f"{free}\n{prompt}\n{paid}\n{' | '.join(learned)}")
+    records,  # one record with an answer, or a list: they form one batch
+) -> Html:  # every token by its job; what carries loss is framed; text elsewhere
+    "Show which tokens of records carry loss."
+    records = [records] if isinstance(records, dict) else list(records)
+    batch, rows, texts = encode(processor, records), [], []
+    columns = ("input_ids", "attention_mask", "labels")
+    for ids, mask, labels in zip(*(batch[name].tolist() for name in columns)):
+        runs = []  # [job, token ids]; each token with loss is a run of its own
+        for i, job in zip(ids, token_jobs(processor, ids, mask, labels)):
+            if runs and runs[-1][0] == job and job not in ("answer", "end"):
+                runs[-1][1].append(i)
+            else: runs.append([job, [i]])
+        said = [(job, processor.tokenizer.decode(run)
+                 if job not in ("picture", "padding") else f"{len(run)} {job} tokens")
+                for job, run in runs]
+        spans = [f'<span title="{job}" style="{LABEL_LOOK[job]};padding:0 2px">'
+                 f"{html.escape(text)}</span>" for job, text in said]
+        paid = sum(label != -100 for label in labels)
+        head = f"{paid} of {len(labels)} tokens carry loss (framed):"
+        rows.append(f"<p>{head}<br>{' '.join(spans)}</p>")
+        texts.append(head + "\n" + " ".join(
+            f"|{text}|" if job in ("answer", "end") else text for job, text in said))
+    return Html("".join(rows), "\n\n".join(texts))
 
 # %% ../nbs/14_sft.ipynb #20e0ebe8
 def sft_loss(
