@@ -80,9 +80,10 @@ def headroom(results):
 
 
 AGAIN = """
-*Repeated*: the same command run a second time, with {threads} thread(s) ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
-differ in their digits. {inside} of {n} tasks lie in the first run's intervals (all but: {outside}).
+*Repeated*: the same command run a second time, on {threads} thread(s) ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
+differ in their digits. {inside} of {n} tasks lie in the first run's intervals (all but: {outside}).{missed}
 """
+MISSED = " *Not reproduced*: {}. Such a task is learned late and suddenly, at another step in each run, and a run may end before it."
 
 
 HALF = ("left_right", "above_below", "presence", "things", "same, short", "like, short")     # tasks with two possible answers, each about as often
@@ -100,14 +101,17 @@ def repetition(made, again):
     "What a second run adds to the table of scores: head, line, {task: cell}, a paragraph; all empty without one."
     if again is None:
         return "", "", {}, ""
-    cells, outside = {}, []
+    cells, outside, missed = {}, [], []
     for task, (k, n) in made["scores"].items():
         low, high = wilson(k, n)
         share = again["scores"][task][0]/again["scores"][task][1]
         cells[task] = f" {share:.3f} |"
         if not low-1e-9 <= share <= high+1e-9:
             outside.append(f"{task} {share:.3f}")
-    text = AGAIN.format(threads=again["threads"], minutes=again["seconds"]/60, n=len(cells), inside=len(cells)-len(outside), outside=", ".join(outside) or "none")
+        if share < k/n-.1:
+            missed.append(f"*{task}*")
+    text = AGAIN.format(threads=again["threads"], minutes=again["seconds"]/60, n=len(cells), inside=len(cells)-len(outside), outside=", ".join(outside) or "none",
+                        missed=MISSED.format(", ".join(missed)) if missed else "")
     return " repeated |", "---|", cells, text
 
 
