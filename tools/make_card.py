@@ -19,7 +19,7 @@ It is an unmodified `{kind}` of the transformers library with weights in bf16:
 ## How it was made
 
 {command} (function `vlmcourse.tiny.pretrain`, lesson `07_tiny`): {steps} steps of {batch} rows, each row one to three photos and as
-many questions as fit into {row} tokens; the first {vision} steps for the vision tower alone; seed {seed}. It took {minutes:.0f} minutes with {threads} threads of a
+many questions as fit into {row} tokens; the first {vision} steps for the vision tower alone; seed {seed}. It took {minutes:.0f} minutes on {threads} core(s) of a
 machine with two CPU cores and no GPU, with other work beside it. Settings, losses and scores: `pretraining.json`.
 
 **Data**: photos drawn by `vlmcourse.museum`, new ones for every step, from the `train` split only. No picture or text from outside, so no licence applies to the data.
@@ -80,7 +80,7 @@ def headroom(results):
 
 
 AGAIN = """
-*Repeated*: the same command run a second time, on {threads} thread(s) ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
+*Repeated*: the same command run a second time, on {threads} of the two cores ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
 differ in their digits. {inside} of {n} tasks lie in the first run's intervals (all but: {outside}).{missed}
 """
 MISSED = " *Not reproduced*: {}. Such a task is learned late and suddenly, at another step in each run, and a run may end before it."

@@ -319,6 +319,7 @@ def _free_folder(output_dir):
             "not empty, and nothing is overwritten. Give another output_dir, or move it "
             "away.")
     return path
+
 def _write_parts(folder, parts, losses, make):
     "Copy the pictures and write a file of rows for each part; the counts of each part."
     counts, names = {}, _copy_names([r for records in parts.values() for r in records])
