@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from vlmcourse.evaluate import (
-    Scores, Table, blank_images, evaluate, gain_table, guess_rate, is_right, kind_of_gain, paired_gain, score_answers,
-    show_answers, show_share, wilson,
+    Scores, Table, blank_images, compare_table, error_gallery, error_kind, error_kinds, error_table, evaluate, gain_table, guess_rate, is_right,
+    kind_of_gain, look_table, majority_baseline, mcnemar, paired_gain, score_answers, show_answers, show_share, shuffle_images, text_baseline,
+    wilson, without_images,
 )
 
 MARK = "### The final answer is:"
@@ -128,7 +129,7 @@ def test_nothing_from_a_model_or_a_data_set_becomes_html():
     before, after = (Scores(score_answers([text], [bad])) for text in (evil, f"{MARK} {evil}"))
     other = Scores(before.rows + score_answers(["1"], [record("1", marked=False)]))
     pages = [show_answers([bad], before, after), before, other, gain_table(before, after), gain_table(other, other),
-             Table([evil], [[evil]], note=evil)]
+             compare_table({evil: other}), look_table(other, evil=other), error_table(other), error_gallery([bad, bad], other), Table([evil], [[evil]], note=evil)]
     for page in pages:
         assert "<script" not in page._repr_html_() and repr(page)
     assert 'class="vlm-gain"' in gain_table(before, after)._repr_html_()
@@ -153,3 +154,126 @@ def test_blank_pictures_keep_size_and_leave_the_record_alone(tmp_path):
 def test_nothing_to_evaluate():
     with pytest.raises(ValueError, match="empty"): evaluate(None, None, [])
     assert show_share([]) == "–" and guess_rate([]) != guess_rate([])
+
+
+# --- the honesty kit ------------------------------------------------------------------------------------------------
+
+def test_wilson_and_mcnemar_are_scipys():
+    from scipy.stats import binomtest
+    rng = random.Random(4)
+    for _ in range(300):
+        n = rng.choice([1, 2, 5, 40, 1000, 30_000])
+        k = rng.randint(0, n)
+        found = binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k, n) == pytest.approx((found.low, found.high), abs=1e-6)
+        assert mcnemar(k, n - k) == pytest.approx(binomtest(k, n).pvalue, rel=1e-6, abs=1e-300)
+    assert mcnemar(0, 0) == 1 and mcnemar(60_000, 40_000) == 0.0 < mcnemar(1000, 900) < 0.05
+    for pair in ((-1, 3), (3, -1)):
+        with pytest.raises(ValueError, match="0 or more"): mcnemar(*pair)
+
+
+def test_paired_bootstrap_is_scipys():
+    import numpy as np
+    from scipy.stats import bootstrap
+    rng = np.random.default_rng(0)
+    for n in (40, 300):
+        before, after = rng.random(n) < .5, rng.random(n) < .6
+        ours = paired_gain(list(before), list(after), resamples=4000)
+        theirs = bootstrap((after.astype(float) - before,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.6 / n ** .5 / 4)
+        assert ours.p == mcnemar(int((after & ~before).sum()), int((before & ~after).sum()))
+
+
+def asked(question, answer, task="a", **more):
+    turns = [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    return dict(id=question, images=[], messages=turns, answer=answer, meta={"task": task}, **more)
+
+
+def test_majority_is_scikit_learns():
+    from sklearn.dummy import DummyClassifier
+    from sklearn.metrics import accuracy_score
+    rng = random.Random(7)
+    for _ in range(30):
+        weights = [rng.random() for _ in range(4)]
+        said = rng.choices(["red", "blue", "green", "white"], weights, k=101)
+        held = rng.choices(["red", "blue", "green", "white"], weights, k=50)
+        counts = sorted(map(said.count, set(said)))
+        if len(counts) > 1 and counts[-1] == counts[-2]: continue  # a tie: each may choose its own
+        dummy = DummyClassifier(strategy="most_frequent").fit([[0]] * 101, said)
+        ours = majority_baseline([asked("Q", a) for a in said], [asked("Q", a) for a in held])
+        assert ours.accuracy == pytest.approx(accuracy_score(held, dummy.predict([[0]] * 50)))
+        assert guess_rate(ours.rows) >= ours.accuracy
+
+
+def test_text_baseline_reads_only_words():
+    train = [asked("<image>Is there a lamp?", "yes")] * 3 + [asked("Is there a lamp", "no")] + [asked("Which colour is the vase?", "red")]
+    found = text_baseline(train, [asked("Photo 1: <image>\nIs there a lamp?", "yes"), asked("What colour?", "red"), asked("", "x"), asked("?", "x")])
+    assert found.answers[:2] == ["yes", "red"] and len(found.answers) == 4
+    marked = text_baseline([record("Corinth")], [record("Corinth")])
+    assert marked.accuracy == 1 and marked.format_rate == 1  # in the asked form
+    for baseline in (majority_baseline, text_baseline):
+        with pytest.raises(ValueError, match="train is empty"): baseline([], train)
+        assert baseline(train, []).rows == []
+
+
+def test_shuffled_pictures_are_never_the_own_ones(tmp_path):
+    rng = random.Random(2)
+    photos = []
+    for i in range(5):
+        photos.append(str(tmp_path/f"{i}.png"))
+        Image.new("RGB", (4, 4), (i * 40, 0, 0)).save(photos[-1])
+    rows = [dict(record(id=str(i)), images=[rng.choice(photos)]) for i in range(60)]
+    rows += [dict(record(id=f"m{i}"), images=[Image.open(photos[0]), Image.new("RGB", (4, 4 + i))]) for i in range(2)]
+    with pytest.raises(ValueError, match="record 'm0' has 2 pictures"): shuffle_images(rows)
+    rows = rows[:60]
+    for seed in range(5):
+        shuffled = shuffle_images(rows, seed=seed)
+        assert all(a["images"] != b["images"] and a["messages"] == b["messages"] for a, b in zip(rows, shuffled))
+        assert shuffled == shuffle_images(rows, seed=seed)
+    assert shuffle_images([asked("no picture", "x")])[0]["images"] == [] and shuffle_images([]) == []
+    other = tmp_path/"sub"
+    other.mkdir()
+    twins = [dict(record(), images=[photos[0]]), dict(record(), images=[str(other/".."/"0.png")])]
+    with pytest.raises(ValueError, match="Take it out"): shuffle_images(twins)  # one file under two names
+
+
+def test_words_only_leaves_the_record_alone():
+    row = record()
+    bare, = without_images([row])
+    assert bare["images"] == [] and bare["messages"][0]["content"] == "Which?" and row["messages"][0]["content"] == "<image>Which?"
+
+
+def test_look_table_sees_who_looks():
+    rows = [asked(str(i), "red" if i % 2 else "blue") for i in range(60)]
+    seer, blind = (Scores(score_answers(said, rows)) for said in ([r["answer"] for r in rows], ["red"] * 60))
+    assert "The model looks" in repr(look_table(seer, blank=blind)) and "No sign of looking" in repr(look_table(blind, blank=blind, shuffled=blind))
+    assert "No sign of looking" in repr(look_table(seer, blank=blind, shuffled=seer))  # the better control counts
+    only_open = Scores(score_answers(["x"], [asked("1", "y", answer_type="OPEN")]))
+    assert "No sign" in repr(look_table(only_open, blank=only_open))
+    with pytest.raises(ValueError, match="different questions"): look_table(seer, blank=only_open)
+
+
+#  answer, truth, is the marker asked for, kind
+KINDS = [("", "3", False, "empty answer"), (" \n", "3", True, "empty answer"), ("2", "3", False, "number too small"),
+         ("twelve", "3", False, "number too large"), (f"{MARK} 2", "3", True, "number too small"), ("2", "3", True, "no marker"),
+         ("It is 3", "3", True, "right word, no marker"), ("red", "blue", False, "another answer of this task"),
+         ("reddish", "blue", False, "an unknown answer"), ("no", "blue", False, "an unknown answer"), ("blue", "blue", False, "right")]
+
+
+@pytest.mark.parametrize("answer,truth,marked,kind", KINDS)
+def test_kinds_of_mistakes(answer, truth, marked, kind):
+    row, = score_answers([answer], [record(truth, marked=marked)])
+    assert error_kind(row, {"red", "blue", "3"}) == kind
+
+
+def test_every_mistake_is_in_the_table_once():
+    rng = random.Random(5)
+    words = ["red", "blue", "3", "5", "", "purple", f"{MARK} red", "It is red", "<b>x</b>"]
+    rows = [record(rng.choice(["red", "blue", "3"]), marked=rng.random() < .5, id=str(i)) for i in range(200)]
+    scores = Scores(score_answers([rng.choice(words) for _ in rows], rows))
+    table = error_table(scores)
+    assert sum(line[1] for line in table.rows) == scores.n - sum(scores.values()) == sum(k != "right" for k in error_kinds(scores.rows))
+    page = error_gallery(rows, scores, per_kind=2)._repr_html_()
+    assert page.count("<h4>") == len(table.rows) and "<b>x</b>" not in page
+    assert "no mistakes" in repr(error_gallery([], Scores([])))
+    with pytest.raises(ValueError, match="200 records and 0 answers"): error_gallery(rows, Scores([]))

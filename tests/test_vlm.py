@@ -13,8 +13,8 @@ from PIL import Image
 from vlmcourse.formats import to_record
 from vlmcourse.museum import make_records
 from vlmcourse.vlm import (TINY, answer_logprobs, ask, ask_batch, check_model_folder, count_parts, encode, find_model,
-                           image_grid, load_vlm, next_tokens, plot_image_tokens, plot_prompt, prompt_tokens, render,
-                           seen_image, to_parts)
+                           image_grid, load_vlm, memory_parts, next_tokens, plot_image_tokens, plot_prompt, prompt_tokens, render,
+                           projector_parts, seen_image, set_gradient_checkpointing, to_parts, vision_parts, weight_count)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
@@ -463,7 +463,11 @@ def test_nothing_on_the_screen():
             "model, processor = load_vlm('tiny', device='cpu')\n"
             "records = make_records(5, seed=0)\n"
             "ask_batch(model, processor, records, batch_size=2), answer_logprobs(model, processor, records)\n"
-            "ask_batch(model, processor, records[:2], do_sample=True, temperature=.7)\n")
+            "ask_batch(model, processor, records[:2], do_sample=True, temperature=.7)\n"
+            "from vlmcourse.vlm import encode\n"
+            "for bits in ('4bit', '8bit'):\n"
+            "    model, processor = load_vlm('tiny', device='cpu', quantize=bits, gradient_checkpointing=True)\n"
+            "    model.train(), model(**encode(processor, records[:1])), ask_batch(model, processor, records[:1])\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
@@ -485,3 +489,136 @@ def test_other_families_train(folders, tmp_path, family):
     losses = [row["loss"] for row in done.log["train_history"]]
     assert len(losses) == 16 and losses[-1] < .9 * losses[0], losses
     assert all("lora_" in name for name, weight in done.model.named_parameters() if weight.requires_grad)
+
+
+# --- switches -----------------------------------------------------------------------------------------------------
+
+def bnb_layers(model):
+    return [name for name, part in model.named_modules() if type(part).__module__.startswith("bitsandbytes")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_only_the_language_model_is_quantised(folders, family, bits):
+    plain, processor = load_vlm(folders / family, device="cpu")
+    small = load_vlm(folders / family, device="cpu", quantize=bits)[0]
+    decoder = next(name for name, part in plain.named_modules() if part is plain.get_decoder())
+    inside = [n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(decoder + ".")]
+    assert sorted(bnb_layers(small)) == sorted(inside) and len(inside) == 14
+    seen, same = tuple(part + "." for part in vision_parts(plain)), dict(small.named_parameters())
+    assert all(torch.equal(w, same[n]) for n, w in plain.named_parameters() if n.startswith(seen))
+    assert torch.equal(plain.get_output_embeddings().weight, small.get_output_embeddings().weight)
+    assert count_parts(small) == count_parts(plain)
+    assert memory_parts(small)["language matrices"] < memory_parts(plain)["language matrices"] * {"4bit": .2, "8bit": .28}[bits]
+    batch = encode(processor, mixed())
+    with torch.no_grad():
+        a, b = plain(**batch).logits, small(**batch).logits
+    assert not torch.equal(a, b) and (a - b).abs().mean() < {"4bit": .5, "8bit": .1}[bits] * a.abs().mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_gradients_after_an_evaluation_on_a_quantised_base(folders, family, bits):
+    "The packed weights of bitsandbytes' shortcut for evaluation would let no gradient through."
+    from vlmcourse.lora import add_lora, untrained_layers
+    model, processor = load_vlm(folders / family, device="cpu", quantize=bits)
+    ask(model, processor, "Why?", picture(0), max_new_tokens=2)
+    torch.manual_seed(0)
+    model, batch = add_lora(model, r=2), encode(processor, mixed()[:2])
+    model(**batch).loss.backward()
+    first = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and torch.isfinite(g).all() for g in first.values())
+    assert all(g.abs().sum() > 0 for n, g in first.items() if "lora_B" in n)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1).step()
+    assert untrained_layers(model) == []
+
+
+@pytest.mark.parametrize("off", [None, False, "none"])
+def test_off_is_off(tiny, off):
+    model = load_vlm("tiny", device="cpu", quantize=off, gradient_checkpointing=False, device_map=None)[0]
+    assert bnb_layers(model) == [] and not model.is_activation_checkpointing and model.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny[0].parameters()))
+
+
+@pytest.mark.parametrize("options, text", [
+    (dict(quantize="2bit"), "quantize='2bit'"), (dict(quantize=True), "quantize=True"), (dict(quantize=4), "quantize=4"),
+    (dict(dtype="int8"), "dtype='int8'"), (dict(dtype="Linear"), "dtype='Linear'"), (dict(dtype=torch.float64), "float64"),
+    (dict(gradient_checkpointing="False"), "gradient_checkpointing='False'"), (dict(trust_remote_code="no"), "trust_remote_code='no'"),
+    (dict(device="cpu", device_map="auto"), "both given")])
+def test_switches_that_are_none(options, text):
+    with pytest.raises(ValueError, match=text.replace("(", "\\(")):
+        load_vlm("tiny", **options)
+
+
+def test_where_bitsandbytes_does_not_work(monkeypatch):
+    from vlmcourse.vlm import _check_bits
+    with pytest.raises(ValueError, match="not on 'mps'"): _check_bits("8bit", "mps")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"): load_vlm("tiny", device="cpu", quantize="4bit")
+    assert load_vlm("tiny", device="cpu")
+
+
+def test_stored_in_few_bits(tmp_path):
+    small, processor = load_vlm("tiny", device="cpu", quantize="4bit")
+    small.save_pretrained(tmp_path / "small"), processor.save_pretrained(tmp_path / "small")
+    for wrong in (None, "8bit"):
+        with pytest.raises(ValueError, match="stored quantised \\(4bit\\)"): load_vlm(tmp_path / "small", device="cpu", quantize=wrong)
+    again = load_vlm(tmp_path / "small", device="cpu", quantize="4bit")[0]
+    assert scores(again, processor) == scores(small, processor)
+    config = json.loads((tmp_path / "small/config.json").read_text())
+    (tmp_path / "small/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(ValueError, match="stored quantised \\(awq\\)"): load_vlm(tmp_path / "small", device="cpu")
+
+
+def test_adapter_on_a_quantised_base_and_device_map(run):
+    exact, small = (scores(*load_vlm(run, device="cpu", quantize=bits)) for bits in (None, "4bit"))
+    assert small != exact and np.allclose(small, exact, atol=5) and np.corrcoef(small, exact)[0, 1] > .9
+    assert scores(*load_vlm(run, device_map={"": "cpu"})) == exact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing_but_memory(folders, family):
+    from vlmcourse.lora import activation_bytes, add_lora
+    found = []
+    for on in (False, True):
+        model, processor = load_vlm(folders / family, device="cpu", gradient_checkpointing=on)
+        torch.manual_seed(0)
+        model, batch, flags = add_lora(model, r=2).train(), encode(processor, mixed()), []
+        assert model.get_base_model().is_activation_checkpointing is on
+        tower = model.get_base_model().get_submodule(vision_parts(model.get_base_model())[0])
+        tower.register_forward_hook(lambda m, i, o: flags.append(any(t.requires_grad for t in (o if isinstance(o, tuple) else o.values())
+            if isinstance(t, torch.Tensor))))
+        kept = activation_bytes(model, batch)
+        model(**batch).loss.backward()
+        assert flags and not any(flags)  # the frozen tower takes no part in the backward pass
+        found.append((kept, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (much, plain), (little, again) = found
+    assert little < .7 * much and all(torch.allclose(g, again[n], atol=1e-6) for n, g in plain.items())
+    set_gradient_checkpointing(model, False)
+    assert not model.get_base_model().is_activation_checkpointing and activation_bytes(model, batch) == much
+
+
+def test_parts_of_every_family(folders):
+    for family in FAMILIES:
+        model = load_vlm(folders / family, device="cpu")[0]
+        counts, projector = count_parts(model), tuple(part + "." for part in projector_parts(model))
+        assert counts["projector"] == sum(weight_count(p) for n, p in model.named_parameters() if n.startswith(projector)) > 0
+
+
+def test_code_that_comes_with_a_model(folders, tmp_path):
+    "It runs only when asked for; the file leaves a mark when it is run."
+    folder = shutil.copytree(folders / "qwen3_vl", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "museum_vl", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("import pathlib\nfrom transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration\n"
+        f"pathlib.Path({str(tmp_path / 'mark')!r}).write_text('ran')\n"
+        "class OwnConfig(Qwen3VLConfig):\n    model_type = 'museum_vl'\n"
+        "class OwnModel(Qwen3VLForConditionalGeneration):\n    config_class = OwnConfig\n")
+    with pytest.raises(ValueError, match="trust_remote_code=True"): load_vlm(folder, device="cpu")
+    assert not (tmp_path / "mark").exists()
+    code = f"from vlmcourse.vlm import load_vlm; print(type(load_vlm({str(folder)!r}, device='cpu', trust_remote_code=True)[0]).__name__)"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.split()[-1] == "OwnModel" and (tmp_path / "mark").exists()

@@ -24,6 +24,8 @@ PLAIN = {"__init__", "_modidx", "cli"}           # modules that are written by h
 MAX_OUTPUT = 300_000                             # bytes of output in one notebook
 MAX_LINES = 40                                   # lines in one code cell
 LONG_CELLS = {                                   # "notebook: def name" or "notebook: first line of the cell" -> why it is longer
+    "12_loop: def fit": "the training loop: half of it is the list of settings, and what is left is read in one piece",
+    "14_sft: def train": "the list of settings",
 }
 
 

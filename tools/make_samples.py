@@ -11,8 +11,11 @@ import numpy as np
 from PIL import ImageEnhance
 
 from vlmcourse.museum import boxes, draw_scene, make_records, make_scene, save_records
+from vlmcourse.report import write_eval
 
 root = Path(__file__).resolve().parent.parent
+EVAL_TASKS = ["colour", "shape", "pattern", "condition", "view", "quality", "count", "count_by", "presence", "things", "left_right", "corner",
+              "steps", "workshop", "which_photo", "same", "total", "like", "caption", "caption"]       # four rounds of these: eval/
 
 
 def make(folder):
@@ -23,6 +26,7 @@ def make(folder):
     photo = draw_scene(make_scene(35, "test", kind="portrait", defect="sharp"), 448)
     photo.save(folder/"visitor.jpg", quality=88)
     cvat(folder/"cvat")
+    write_eval(make_records(80, EVAL_TASKS, split="test", seed=104), folder/"eval", suffix=".jpg")
     return folder
 
 
@@ -158,6 +162,8 @@ def cvat(folder):
 if __name__ == "__main__":
     made, final = make(root/"data_samples.new"), root/"data_samples"
     shutil.copy(final/"README.md", made/"README.md") if (final/"README.md").exists() else None
+    for name in ("plugins", "logs"):                                                                # written by hand, or by other programs
+        if (final/name).exists(): shutil.copytree(final/name, made/name)
     shutil.rmtree(final, ignore_errors=True)
     made.rename(final)
     print(f"{final}: {sum(p.is_file() for p in final.rglob('*'))} files")

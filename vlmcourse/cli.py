@@ -8,6 +8,9 @@ COMMANDS = {                    # command: (module, function)
     "check": ("formats", "check_records"),
     "convert": ("trainers", "convert"),
     "cvat_to_qwenvl": ("splits", "cvat_to_qwenvl"),
+    "evaluate": ("report", "evaluate_file"),
+    "log": ("logs", "show_log"),
+    "preflight": ("preflight", "check_run"),
     "pretrain": ("tiny", "pretrain"),
     "sft": ("sft", "train"),
 }
@@ -71,3 +74,7 @@ def run(words):
     if result is not None and not isinstance(result, dict):
         print(result)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,22 +5,27 @@
 # %% ../nbs/13_evaluate.ipynb #18d04b3f
 from __future__ import annotations
 
+import hashlib
 import html
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 
-from .answers import ANSWER_MARK, final_answer, normalise_answer, true_answer
+from vlmcourse.answers import (
+    ANSWER_MARK, final_answer, normalise_answer, parse_number, true_answer,
+)
 from .boxes import Html, picture_html
 from .formats import IMAGE_MARK, upright_size
-from .vlm import ask_batch
 
 # %% auto #0
-__all__ = ['wants_marker', 'is_right', 'score_answers', 'wilson', 'Table', 'show_share', 'Scores', 'guess_rate', 'evaluate',
-           'blank_images', 'Gain', 'paired_gain', 'kind_of_gain', 'gain_table', 'show_answers']
+__all__ = ['wants_marker', 'is_right', 'score_answers', 'wilson', 'Table', 'show_share', 'Scores', 'guess_rate',
+           'majority_baseline', 'text_baseline', 'evaluate', 'compare_table', 'blank_images', 'shuffle_images',
+           'without_images', 'look_table', 'mcnemar', 'Gain', 'paired_gain', 'kind_of_gain', 'gain_table',
+           'show_answers', 'error_kind', 'error_kinds', 'error_table', 'error_gallery']
 
 # %% ../nbs/13_evaluate.ipynb #33e0fb9f
 def _said(record, role):
@@ -190,6 +195,67 @@ def guess_rate(
     total = sum(map(len, truths.values()))
     return sum(most) / total if total else float("nan")
 
+# %% ../nbs/13_evaluate.ipynb #f51ce342
+def _in_form(answer, record):
+    "An answer in the form that the record asks for."
+    return f"{ANSWER_MARK} {answer}" if wants_marker(record) else answer
+
+
+def _most_said(answers):
+    "The answer given most often, in the spelling in which it came first."
+    counts = Counter(map(normalise_answer, answers))
+    best = counts.most_common(1)[0][0]
+    return next(answer for answer in answers if normalise_answer(answer) == best)
+
+
+def _need_answers(name, train):
+    "Stop when there is nothing to learn from."
+    if not train:
+        raise ValueError(f"{name}: train is empty. Give records with answers.")
+
+# %% ../nbs/13_evaluate.ipynb #3a2fb510
+def majority_baseline(
+    train: list,  # records with answers, to learn from
+    records: list,  # the questions to answer
+) -> Scores:  # scores of the baseline
+    "Answer with the most frequent training answer of the task."
+    _need_answers("majority_baseline", train)
+    seen = {}
+    for record in train:
+        seen.setdefault(_task(record), []).append(true_answer(record))
+    overall = _most_said([true_answer(record) for record in train])
+    best = {task: _most_said(answers) for task, answers in seen.items()}
+    answers = [_in_form(best.get(_task(r), overall), r) for r in records]
+    return Scores(score_answers(answers, records), settings=dict(baseline="majority"))
+
+# %% ../nbs/13_evaluate.ipynb #71d33381
+def _asked_words(record):
+    "The words of a question, without marks for pictures."
+    said = _said(record, "user").replace(IMAGE_MARK, " ")
+    return frozenset(normalise_answer(said).replace("?", " ").split())
+
+
+def text_baseline(
+    train: list,  # records with answers, to learn from
+    records: list,  # the questions to answer
+) -> Scores:  # scores of the baseline
+    "Answer with the most frequent answer of the most similar training questions."
+    _need_answers("text_baseline", train)
+    seen, said = {}, {}
+    for record in train:
+        seen.setdefault(_asked_words(record), []).append(true_answer(record))
+    for words in {_asked_words(record) for record in records}:
+        near = {other: _jaccard(words, other) for other in seen}
+        best = max(near.values())
+        said[words] = _most_said([a for o in near if near[o] == best for a in seen[o]])
+    answers = [_in_form(said[_asked_words(record)], record) for record in records]
+    return Scores(score_answers(answers, records), settings=dict(baseline="text"))
+
+
+def _jaccard(a, b):
+    "Words in common, divided by words in either."
+    return len(a & b) / len(a | b) if a | b else 0.0
+
 # %% ../nbs/13_evaluate.ipynb #1c4aa463
 def evaluate(
     model,  # a vision-language model
@@ -206,6 +272,8 @@ def evaluate(
             "evaluate: records is empty. Give at least one question; with 200 or more "
             "the interval becomes useful."
         )
+    from vlmcourse.vlm import ask_batch
+
     start, settings = time.perf_counter(), dict(max_new_tokens=max_new_tokens)
     answers = ask_batch(
         model, processor, records, batch_size=batch_size,
@@ -213,6 +281,34 @@ def evaluate(
     )  # fmt: skip
     seconds = time.perf_counter() - start
     return Scores(score_answers(answers, records), seconds, settings)
+
+# %% ../nbs/13_evaluate.ipynb #95f11ce9
+def compare_table(
+    columns: dict,  # name: Scores; all of the same questions in the same order
+    *,
+    metric: str = "strict",  # "strict", "lenient" or "format"
+) -> Table:  # one line for each task, one column for each name
+    "Several scores of the same questions, side by side."
+    if not columns:
+        raise ValueError("compare_table: columns is empty. Give {'name': scores}.")
+    first, *others = columns.values()
+    for other in others:
+        _same_questions(first, other, "compare_table")
+    lines = []
+    for task in [None, *(first.tasks if len(first.tasks) > 1 else [])]:
+        n = sum(v is not None for v in first.values(metric, task))
+        shares = [show_share(s.values(metric, task)) for s in columns.values()]
+        lines.append([task or "all questions", n, *shares])
+    return Table(["task", "n", *columns], lines, note="Brackets: 95 % intervals.")
+
+
+def _same_questions(before, after, name):
+    "Stop when two scores are of different questions."
+    if [r["id"] for r in before.rows] != [r["id"] for r in after.rows]:
+        raise ValueError(
+            f"{name}: before and after answer different questions. "
+            "Evaluate both on the same records."
+        )
 
 # %% ../nbs/13_evaluate.ipynb #7eda48d2
 def blank_images(
@@ -227,6 +323,84 @@ def blank_images(
         grey = [Image.new("RGB", size, (128, 128, 128)) for size in sizes]
         blank.append({**record, "images": grey})
     return blank
+
+# %% ../nbs/13_evaluate.ipynb #5bf3b3bb
+def _picture_key(image):
+    "The same for the same picture."
+    if isinstance(image, (str, Path)):
+        return str(Path(image).resolve())
+    return image.size, hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def shuffle_images(
+    records: list,  # records with pictures or paths of pictures
+    *,
+    seed: int = 0,  # the same seed gives the same pictures
+) -> list:  # the same records; the pictures come from another one
+    "The same questions, each with the wrong pictures (as many as it had)."
+    keys = [frozenset(map(_picture_key, record["images"])) for record in records]
+    rng, groups, out = np.random.default_rng(seed), {}, []
+    for i, record in enumerate(records):
+        groups.setdefault(len(record["images"]), []).append(i)
+    for i, record in enumerate(records):
+        drawn = rng.permutation(groups[len(record["images"])]).tolist()
+        other = next((j for j in drawn if not keys[i] & keys[j]), i)
+        if other == i and record["images"]:
+            raise ValueError(
+                f"shuffle_images: record {record.get('id', i)!r} has "
+                f"{len(record['images'])} pictures, and no other record has as many "
+                "different ones. Take it out, or use blank_images."
+            )
+        out.append({**record, "images": list(records[other]["images"])})
+    return out
+
+# %% ../nbs/13_evaluate.ipynb #ca5250af
+def without_images(
+    records: list,  # records with pictures
+) -> list:  # the same records without pictures and without marks
+    "The same questions in words only."
+    bare = []
+    for record in records:
+        turns = [dict(turn) for turn in record["messages"]]
+        for turn in turns:
+            turn["content"] = turn["content"].replace(IMAGE_MARK, "").strip()
+        bare.append({**record, "images": [], "messages": turns})
+    return bare
+
+# %% ../nbs/13_evaluate.ipynb #a714fd48
+def look_table(
+    real: Scores,  # asked with the right pictures
+    **controls,  # Scores of the same questions asked otherwise: blank=…, shuffled=…
+) -> Table:  # one line for each task
+    "Does the model look at its pictures?"
+    if not controls:
+        raise ValueError("look_table: no control. Give for example blank=scores.")
+    lines, shown = compare_table({"right picture": real, **controls}).rows, []
+    for line, task in zip(lines, [None, *real.tasks]):
+        values = real.values(task=task)
+        others = [scores.values(task=task) for scores in controls.values()]
+        best = max(others, key=lambda vs: sum(v or 0 for v in vs))
+        gain = paired_gain(best, values) if any(v is not None for v in values) else None
+        shown.append(bool(gain and gain.low > 0))
+        line += [str(gain or "–"), "yes" if shown[-1] else "not shown"]
+    verdict = "The model looks at its pictures." if shown[0] else "No sign of looking."
+    head = ["task", "n", "right picture", *controls, "gain by looking", "looks?"]
+    note = f"{verdict} Gain: over the better control; brackets: 95 % intervals."
+    return Table(head, lines, note=note)
+
+# %% ../nbs/13_evaluate.ipynb #24050de8
+def mcnemar(
+    mended: int,  # wrong before, right after
+    broken: int,  # right before, wrong after
+) -> float:  # p, 0 to 1: how often luck alone splits as unevenly as this
+    "McNemar's exact test, to both sides (McNemar 1947)."
+    if min(mended, broken) < 0:
+        raise ValueError(f"mcnemar: mended={mended}, broken={broken}: give 0 or more.")
+    n, ways, total = mended + broken, 1, 0
+    for i in range(min(mended, broken) + 1):
+        total += ways  # the ways to get i tails in n tosses
+        ways = ways * (n - i) // (i + 1)
+    return min(1.0, 2 * total / 2**n)
 
 # %% ../nbs/13_evaluate.ipynb #8fe5e8a0
 @dataclass
@@ -245,6 +419,11 @@ class Gain:
         "Does the interval leave out zero?"
         return self.low > 0 or self.high < 0
 
+    @property
+    def p(self) -> float:
+        "McNemar's p-value of mended against broken."
+        return mcnemar(self.mended, self.broken)
+
     def __str__(self):
         low, high = 100 * self.low, 100 * self.high
         return f"{100 * self.gain:+.1f} points [{low:+.1f}, {high:+.1f}]"
@@ -253,11 +432,7 @@ class Gain:
 def _pairs(before, after, metric):
     "Pairs of numbers from two evaluations of the same questions."
     if isinstance(before, Scores) and isinstance(after, Scores):
-        if [r["id"] for r in before.rows] != [r["id"] for r in after.rows]:
-            raise ValueError(
-                "paired_gain: before and after answer different questions. "
-                "Evaluate both on the same records."
-            )
+        _same_questions(before, after, "paired_gain")
         before, after = before.values(metric), after.values(metric)
     if len(before) != len(after):
         raise ValueError(
@@ -322,7 +497,8 @@ def gain_table(
     note = "Open questions only: nothing to count."
     if after.n:
         gain = paired_gain(before, after)
-        counts = f"{gain.mended} mended, {gain.broken} broken."
+        luck = "p < 0.0001" if gain.p < 0.0001 else f"p = {gain.p:.4f}"
+        counts = f"{gain.mended} mended, {gain.broken} broken (McNemar {luck})."
         note = f"{kind_of_gain(before, after)} {counts}"
     head = ["score", "n", "before", "after", "gain"]
     return Table(head, lines, kind="vlm-gain", note=f"{note} Brackets: 95 % intervals.")
@@ -356,3 +532,86 @@ def show_answers(
         text.append("\n".join(f"{k}: {v}" for k, v in lines.items()))
     page = f'<table class="vlm-answers">{"".join(rows)}</table>'
     return Html(page, "\n\n".join(text))
+
+# %% ../nbs/13_evaluate.ipynb #921ef59e
+def error_kind(
+    row: dict,  # one row of `score_answers`
+    known=(),  # normalised truths of the task
+) -> str:  # a few words; "right" and "open question" are possible too
+    "What kind of mistake an answer is."
+    if row["strict"] is None:
+        return "open question"
+    if row["strict"]:
+        return "right"
+    if not row["answer"].strip():
+        return "empty answer"
+    if row["format"] is False:
+        return "right word, no marker" if row["lenient"] else "no marker"
+    said, truth = _short(row["answer"]), row["truth"]
+    a, b = parse_number(said).value, parse_number(truth).value
+    if a is not None and b is not None and a != b:
+        return "number too small" if a < b else "number too large"
+    listed = normalise_answer(said) in known
+    return "another answer of this task" if listed else "an unknown answer"
+
+
+def _short(answer):
+    "The final answer, or the whole answer when it has no marker."
+    final = final_answer(answer)
+    return answer if final is None else final
+
+# %% ../nbs/13_evaluate.ipynb #4a717cc4
+def error_kinds(
+    rows: list,  # from `score_answers`
+) -> list:  # one kind for each row
+    "The kind of mistake of every answer."
+    known = {}
+    for row in rows:
+        known.setdefault(row["task"], set()).add(normalise_answer(row["truth"]))
+    return [error_kind(row, known[row["task"]]) for row in rows]
+
+# %% ../nbs/13_evaluate.ipynb #26d333df
+def error_table(
+    scores: Scores,  # scores of one model
+) -> Table:  # one line for each kind of mistake, the most frequent first
+    "How many mistakes of each kind, and the most frequent mix-ups."
+    found = {}
+    for row, kind in zip(scores.rows, error_kinds(scores.rows)):
+        found.setdefault(kind, []).append(row)
+    lines, n = [], max(1, scores.n)
+    for kind in sorted(found.keys() - _NO_MISTAKE, key=lambda k: -len(found[k])):
+        pairs = Counter((row["truth"], _short(row["answer"])) for row in found[kind])
+        top = ", ".join(f"{t} → {a[:40]} ({k})" for (t, a), k in pairs.most_common(3))
+        lines.append([kind, len(found[kind]), f"{len(found[kind]) / n:.1%}", top])
+    wrong = sum(line[1] for line in lines)
+    note = f"{wrong} of {scores.n} answers are wrong."
+    head = ["mistake", "n", "share", "most frequent: truth → said"]
+    return Table(head, lines, note=note)
+
+
+_NO_MISTAKE = {"right", "open question"}
+
+# %% ../nbs/13_evaluate.ipynb #08f46b9b
+def error_gallery(
+    records: list,  # the questions
+    scores: Scores,  # their scores
+    *,
+    per_kind: int = 3,  # how many of each kind of mistake, from the start of the list
+) -> Html:  # pictures, questions and answers in a notebook, text elsewhere
+    "Some mistakes of every kind, with their pictures."
+    if len(records) != len(scores.rows):
+        raise ValueError(
+            f"error_gallery: {len(records)} records and {len(scores.rows)} answers. "
+            "Give the records that were evaluated."
+        )
+    kinds, parts, text = error_kinds(scores.rows), [], []
+    for kind, n in Counter(k for k in kinds if k not in _NO_MISTAKE).most_common():
+        picked = [i for i, k in enumerate(kinds) if k == kind][:per_kind]
+        answers = [scores.rows[i]["answer"] for i in picked]
+        shown = show_answers([records[i] for i in picked], answers, n=per_kind)
+        title = f"{kind} ({len(picked)} of {n})"
+        parts.append(f"<h4>{html.escape(title)}</h4>{shown._repr_html_()}")
+        text.append(f"== {title}\n{shown!r}")
+    if not parts:
+        return Html("<p>no mistakes</p>", "no mistakes")
+    return Html("".join(parts), "\n\n".join(text))

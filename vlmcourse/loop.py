@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'epoch_order', 'step_rows', 'count_steps', 'lr_factor', 'to_device', 'sum_gradients', 'train_step',
-           'make_optimizer', 'fit']
+           'make_optimizer', 'Team', 'fit']
 
 # %% ../nbs/12_loop.ipynb #cf639471
-import math, signal, threading
-from itertools import count
+import math, os, signal, threading
+from itertools import count, islice
+from time import sleep
 import torch
 from torch.nn.utils import clip_grad_norm_
 from .core import set_seed
@@ -69,29 +70,35 @@ def to_device(batch, # a tensor, a dict or list of such, or something with a met
 def _loss_and_count(loss_fn, model, batch):
     "What `loss_fn` gives, checked."
     out = loss_fn(model,batch)
-    if not (isinstance(out,tuple) and len(out)==2 and torch.is_tensor(out[0]) and out[0].ndim==0): raise ValueError(
+    if not (isinstance(out,tuple) and len(out) in (2,3) and torch.is_tensor(out[0]) and out[0].ndim==0): raise ValueError(
         "loss_fn must give two things: the sum of the losses (a tensor with one number) and the number of items in it. "
         f"It gave {type(out).__name__}. Write `return losses.sum(), losses.numel()`.")
     if not out[0].requires_grad: raise ValueError("The loss does not depend on any trainable weight, so nothing "
         "can be learned. Was it computed under torch.no_grad(), turned into a number, or are all weights frozen?")
-    return out[0],int(out[1])
+    return out[0],int(out[1]),{k:float(v) for k,v in (out[2] if len(out)>2 else {}).items()}
 
 # %% ../nbs/12_loop.ipynb #c16b29f0
 def sum_gradients(model, # the model; gradients are added to those it has
                   loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
                   batches, # the pieces of one large batch
-                 )->tuple: # loss per item of the whole, number of items
+                  *,
+                  bf16:bool=False, # multiply in bfloat16 where that is safe (difficulty 9)
+                  team=None, # the `Team` of processes that share the batch (difficulty 10); None: alone
+                 )->tuple: # loss per item of the whole, number of items, more metrics per item
     "Gradients of the mean loss over all items of all pieces."
-    params = [p for p in model.parameters() if p.requires_grad]
-    total,items = 0.,0
+    params = [p for p in model.parameters() if p.requires_grad]; device = params[0].device
+    total,items,more = 0.,0,{}
     for batch in batches:
-        loss,n = _loss_and_count(loss_fn,model,to_device(batch,params[0].device))
+        with torch.autocast(device.type,torch.bfloat16,enabled=bf16):
+            loss,n,found = _loss_and_count(loss_fn,model,to_device(batch,device))
         loss.backward()
         total += loss.item(); items += n
+        more = {k:more.get(k,0)+found.get(k,0) for k in more|found}
+    if team: total,items = team.add(total,items); more = team.add_named(more); team.add_gradients(params)
     if items<1: raise ValueError("There is nothing to learn from in this step: loss_fn counted 0 items. "
         "Are all answers empty, cut off, or masked?")
     torch._foreach_mul_([p.grad for p in params if p.grad is not None],1/items)
-    return total/items,items
+    return total/items,items,{k:v/items for k,v in more.items()}
 
 # %% ../nbs/12_loop.ipynb #a3acb697
 def _require_finite(value, what, where):
@@ -110,16 +117,18 @@ def train_step(model, # the model
                optimizer, # changes the weights
                max_grad_norm:float=1., # longest gradient allowed; 0: no limit
                where:str="this step", # for error messages
-              )->tuple: # loss per item, length of the gradient before clipping, number of items
+               bf16:bool=False, # multiply in bfloat16 where that is safe
+               team=None, # the `Team` of processes that share the batch; None: alone
+              )->tuple: # loss per item, length of the gradient before clipping, items, more metrics
     "One step: gradients of all pieces, checks, clipping, change of the weights."
     optimizer.zero_grad()
-    loss,items = sum_gradients(model,loss_fn,batches)
+    loss,items,more = sum_gradients(model,loss_fn,batches,bf16=bf16,team=team)
     _require_finite(loss,"loss",where)
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = clip_grad_norm_(params,max_grad_norm or math.inf).item()
     _require_finite(norm,"gradient",where)
     optimizer.step()
-    return loss,norm,items
+    return loss,norm,items,more
 
 # %% ../nbs/12_loop.ipynb #6d12c3d8
 def make_optimizer(model, # weights with requires_grad are trained
@@ -135,6 +144,36 @@ def make_optimizer(model, # weights with requires_grad are trained
               dict(params=[p for p in params if p.ndim<2],weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g["params"]],lr=learning_rate)
 
+# %% ../nbs/12_loop.ipynb #55587877
+class Team:
+    "The processes that train one model together; in a notebook only this one."
+    def __init__(self,
+                 cpu:bool=True, # False: each process has a graphics card
+                ):
+        self.rank,self.size,self.device = 0,1,None
+        if int(os.environ.get("WORLD_SIZE") or 1)<2: return
+        from accelerate import PartialState
+        state = PartialState(cpu=cpu)
+        self.rank,self.size,self.device = state.process_index,state.num_processes,state.device
+    def add(self, *numbers): # plain numbers
+        "The sum over all processes, for each number."
+        if self.size<2: return numbers
+        sums = torch.tensor(numbers,dtype=torch.float64,device=self.device)
+        torch.distributed.all_reduce(sums)
+        return tuple(sums.tolist())
+    def add_named(self, sums): # dict of plain numbers
+        "The same for numbers with names, which need not be the same everywhere."
+        if self.size<2: return sums
+        from accelerate.utils import gather_object
+        parts = gather_object([sums])
+        return {k:sum(p.get(k,0) for p in parts) for p in parts for k in p}
+    def add_gradients(self, params): # weights that are trained
+        "Replace each gradient by its sum over all processes."
+        if self.size<2: return
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = torch.cat([g.flatten() for g in found]); torch.distributed.all_reduce(flat)
+        for p,g in zip(params,flat.split([p.numel() for p in params])): p.grad = g.view_as(p).to(p.dtype)
+
 # %% ../nbs/12_loop.ipynb #035316ef
 class _Running:
     "A training under way: Ctrl-C waits for the end of a step, and each kind of end is put into the log."
@@ -146,10 +185,11 @@ class _Running:
     def _press(self, *_):
         if self.asked or not self.in_step: raise KeyboardInterrupt
         self.asked = True
-    def step(self, on):
-        "A step begins (True) or ends (False)."
-        self.in_step = on
-        if not on and self.asked: raise KeyboardInterrupt
+    def wait(self):
+        "Wait while a pause is asked for; then say whether to stop."
+        if self.log.asked=="pause": self.log.say("paused")
+        while self.log.asked=="pause" and not self.asked: sleep(.1)
+        return self.asked or self.log.asked=="stop"
     def __exit__(self, kind, error, trace):
         if self.old is not None: signal.signal(signal.SIGINT,self.old)
         self.model.zero_grad(); self.model.train(self.was_training)
@@ -172,7 +212,7 @@ def _check_settings(n, s):
             f"{k}={s[k]!r} must be a number, 0 or more" + (f", at most {hi}." if hi<math.inf else "."))
     if s["max_steps"]<1 and not s["num_train_epochs"]: raise ValueError(
         "num_train_epochs=0 means no training. Give 1 or more, or max_steps.")
-    if s["eval_steps"] and not s["evaluate"]: raise ValueError(f"eval_steps={s['eval_steps']} asks for "
+    if s["eval_steps"] and s["evaluate"] is None: raise ValueError(f"eval_steps={s['eval_steps']} asks for "
         "validations, but evaluate is missing. Give a function, or set eval_steps=0.")
 
 # %% ../nbs/12_loop.ipynb #4cbd1a4d
@@ -190,9 +230,19 @@ def _pieces(data, rows, size, collate):
     "The rows of a step as batches of at most `size` records."
     return (collate([data[r] for r in rows[k:k+size]]) for k in range(0,len(rows),size))
 
+def _means(rows):
+    "The mean of each number over the rows that have it."
+    found = {k:[r[k] for r in rows if k in r] for k in dict.fromkeys(k for r in rows for k in r)}
+    return {k:sum(v)/len(v) for k,v in found.items()}
+
 def _set_rate(optimizer, lr):
     for group in optimizer.param_groups: group["lr"] = lr
-    return lr
+    return optimizer
+
+def _progress(step, n, size):
+    "Where the run is after `step` steps of `size` of the `n` rows."
+    epochs,rest = divmod(step,math.ceil(n/size)); seen = epochs*n+min(rest*size,n)
+    return dict(step=step,epoch=round(seen/n,4),samples=seen)
 
 def _where(step, rows, lr):
     "A step in words, for error messages."
@@ -201,7 +251,7 @@ def _where(step, rows, lr):
 
 # %% ../nbs/12_loop.ipynb #044ece85
 def fit(model, # any torch model; weights with requires_grad are trained, in place
-        loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
+        loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items[, dict of more sums])
         data, # list of records, or anything with a length and rows by number
         *,
         collate, # collate(list of records) -> batch
@@ -219,24 +269,36 @@ def fit(model, # any torch model; weights with requires_grad are trained, in pla
         evaluate=None, # evaluate(model) -> dict of val_ metrics; run before, every eval_steps, and after
         eval_steps:int=0, # steps between two validations; 0: only before and after
         seed:int=0, # same seed, same run
+        bf16:bool=False, # multiply in bfloat16 where that is safe
+        checkpoints=None, # a `Checkpoints` (lesson 12b_resume): keeps the state, knows the best; None: nothing is kept
        )->None:
     "Train a model. Ctrl-C ends it cleanly (log status 'stopped'); a NaN loss raises ValueError."
     _check_settings(len(data),locals()); set_seed(seed)
     opt = make_optimizer(model,learning_rate=learning_rate,weight_decay=weight_decay)
-    size = per_device_train_batch_size*gradient_accumulation_steps
-    total = count_steps(len(data),size,num_train_epochs=num_train_epochs,max_steps=max_steps)
-    seen,recent,warmup = 0,[],math.ceil(warmup_ratio*total)
+    team = Team(cpu=opt.param_groups[0]["params"][0].device.type=="cpu")
+    n,size = len(data),per_device_train_batch_size*gradient_accumulation_steps*team.size
+    total = count_steps(n,size,num_train_epochs=num_train_epochs,max_steps=max_steps)
+    keep,warmup,done,recent = checkpoints,math.ceil(warmup_ratio*total),0,[]
+    def goes_on(i):
+        "Validate when it is time, once; False when the validations say that it is enough."
+        if not evaluate or not (i in (0,total) or eval_steps and i%eval_steps==0): return True
+        if i not in [r["step"] for r in log.val_history]: _validate(model,evaluate,log,_progress(i,n,size))
+        return not keep or keep.after_validation(i,model,opt,recent)
     with _Running(model,log) as run:
-        if evaluate: _validate(model,evaluate,log,dict(step=0,epoch=0.,samples=0))
-        log.start(total)
-        for i,rows in zip(range(1,total+1),step_rows(len(data),size,seed)):
-            run.step(True)
-            lr = _set_rate(opt,learning_rate*lr_factor(i-1,total,warmup,lr_scheduler_type))
-            pieces = _pieces(data,rows,per_device_train_batch_size,collate)
-            loss,norm,_ = train_step(model,loss_fn,pieces,optimizer=opt,max_grad_norm=max_grad_norm,
-                                     where=_where(i,rows,lr))
-            seen += len(rows); recent.append(loss); at = dict(step=i,epoch=round(seen/len(data),4),samples=seen)
+        if keep: done,recent = keep.restore(model,opt)
+        going = goes_on(done); log.start(total)
+        for i,rows in islice(zip(range(1,total+1),step_rows(n,size,seed)),done,None):
+            if not going: break
+            run.in_step = True
+            lr = learning_rate*lr_factor(i-1,total,warmup,lr_scheduler_type)*(keep.rate_factor() if keep else 1)
+            pieces = _pieces(data,rows[team.rank::team.size],per_device_train_batch_size,collate)
+            loss,norm,_,more = train_step(model,loss_fn,pieces,optimizer=_set_rate(opt,lr),max_grad_norm=max_grad_norm,
+                                     where=_where(i,rows,lr),bf16=bf16,team=team)
+            recent.append(dict(loss=loss)|more)
             if i%logging_steps==0 or i==total:
-                log.train(**at,loss=sum(recent)/len(recent),lr=lr,grad_norm=norm); recent = []
-            run.step(False)
-            if evaluate and (i==total or eval_steps and i%eval_steps==0): _validate(model,evaluate,log,at)
+                log.train(**_progress(i,n,size),**_means(recent),lr=lr,grad_norm=norm); recent = []
+            stop = any(team.add(run.wait()))
+            if keep and (stop or keep.due(i)): keep.save(i,model,opt,recent)
+            run.in_step = False
+            if stop: raise KeyboardInterrupt
+            going = goes_on(i)

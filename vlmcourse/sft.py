@@ -16,18 +16,26 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from . import __version__
-from .core import run_dir, set_seed
+from .core import set_seed
 from .boxes import Html
 from .evaluate import Scores, evaluate
-from .formats import read_records
-from .lora import add_lora, count_trainable, save_adapter
-from .loop import SCHEDULES, fit
-from .runlog import RunLog, plot_log, read_log
-from .vlm import encode, load_vlm, to_device
+from .formats import IMAGE_MARK, read_records
+from .lora import add_lora, count_trainable, quiet_peft, save_adapter
+from .loop import SCHEDULES, Team, fit
+from vlmcourse.resume import (
+    Checkpoints,
+    check_output,
+    of_all_processes,
+    open_run,
+    replace_folder,
+)
+from .runlog import plot_log, read_log, read_samples
+from .vlm import encode, load_vlm, set_gradient_checkpointing, to_device
 
 # %% auto #0
-__all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'token_loss', 'answer_loss', 'token_jobs', 'show_labels', 'sft_loss', 'EncodedRecords',
-           'join', 'data_hash', 'versions', 'validation_loss', 'val_metrics', 'Run', 'train']
+__all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'KEEP_SETTINGS', 'PLATEAU', 'SFT_SCHEDULES', 'token_loss', 'answer_loss', 'token_jobs',
+           'show_labels', 'sft_loss', 'EncodedRecords', 'join', 'data_hash', 'versions', 'validation_loss',
+           'val_metrics', 'Run', 'train', 'save_final']
 
 # %% ../nbs/14_sft.ipynb #ac7cf52c
 def token_loss(
@@ -155,6 +163,23 @@ def join(
         joined[name] = torch.cat(parts)
     return type(items[0])(joined)
 
+# %% ../nbs/14_sft.ipynb #2b280b8e
+LOOP_SETTINGS = (
+    "num_train_epochs max_steps per_device_train_batch_size lr_scheduler_type seed bf16 "
+    "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm eval_steps"
+).split()  # train's arguments that the loop takes over
+KEEP_SETTINGS = (
+    "save_steps save_total_limit metric_for_best_model greater_is_better "
+    "early_stopping_patience"
+).split()  # those that `Checkpoints` takes over
+PLATEAU = "reduce_lr_on_plateau"
+SFT_SCHEDULES = (*SCHEDULES, PLATEAU)
+
+
+def _above_zero(value):
+    "A finite number above 0?"
+    return type(value) in (int, float) and 0 < value < float("inf")
+
 # %% ../nbs/14_sft.ipynb #259ec1a0
 def _check_settings(s):
     "Raise on the first setting that cannot work; `s` holds train's arguments."
@@ -162,6 +187,7 @@ def _check_settings(s):
     number = lambda value: type(value) in (int, float)
     batch, every = s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
     rate, warmup, steps = s["learning_rate"], s["warmup_ratio"], s["max_steps"]
+    patience, plateau = s["early_stopping_patience"], s["lr_scheduler_type"] == PLATEAU
     count = "a whole number from 1 up"
     rules = dict(
         per_device_train_batch_size=(whole(batch, 1), count),
@@ -171,8 +197,13 @@ def _check_settings(s):
         learning_rate=(rate is None or _above_zero(rate), "a number above 0, or None"),
         warmup_ratio=(number(warmup) and 0 <= warmup < 1, "from 0 to below 1"),
         max_grad_norm=(number(s["max_grad_norm"]), "a number; 0 for no limit"),
-        lr_scheduler_type=(s["lr_scheduler_type"] in SCHEDULES, ", ".join(SCHEDULES)),
+        lr_scheduler_type=(s["lr_scheduler_type"] in SFT_SCHEDULES, ", ".join(SFT_SCHEDULES)),
         eval_steps=(whole(s["eval_steps"], 0), "0 (off) or a number of steps"),
+        save_steps=(whole(s["save_steps"], 0), "0 (off) or a number of steps"),
+        save_total_limit=(whole(s["save_total_limit"], 1), count),
+        early_stopping_patience=(whole(patience, 0), "0 (off) or a number of validations"),
+        bf16=(type(s["bf16"]) is bool, "True or False"),
+        resume_from_checkpoint=(type(s["resume_from_checkpoint"]) is bool, "True or False"),
         plot=(s["plot"] in ("auto", True, False), "'auto', True or False"),
     )
     for name, (fine, allowed) in rules.items():
@@ -183,29 +214,10 @@ def _check_settings(s):
             f"train: eval_steps={s['eval_steps']} asks for validation, and val_data is "
             "not given. Give held-out records in val_data, or set eval_steps=0."
         )
-
-# %% ../nbs/14_sft.ipynb #2b280b8e
-LOOP_SETTINGS = (
-    "num_train_epochs max_steps per_device_train_batch_size lr_scheduler_type seed "
-    "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm eval_steps"
-).split()  # train's arguments that the loop takes over
-
-
-def _above_zero(value):
-    "A finite number above 0?"
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-# %% ../nbs/14_sft.ipynb #342871de
-def _check_output(output_dir):
-    "Refuse a folder that holds a run; nothing is made here."
-    if output_dir is None or not Path(output_dir).exists():
-        return
-    folder = run_dir(output_dir)  # raises when a run has trained there
-    if (folder / "final").exists():
-        raise FileExistsError(
-            f"output_dir={str(output_dir)!r} already holds a folder final/, which is "
-            "never overwritten. Give another output_dir, or move the old folder away."
-        )
+    if (patience or plateau) and not s["eval_steps"]:
+        what = f"lr_scheduler_type={PLATEAU!r}" if plateau else f"early_stopping_patience={patience}"
+        raise ValueError(f"train: {what} goes by validations during training; give "
+                         "val_data and eval_steps, such as eval_steps=20.")
 
 # %% ../nbs/14_sft.ipynb #65fe0f55
 def data_hash(
@@ -234,6 +246,7 @@ def validation_loss(
     items: EncodedRecords,  # held-out records
     *,
     batch_size: int = 16,  # records at a time
+    team: Team | None = None,  # processes that have other records each; None: alone
 ) -> float:  # mean over all answer tokens
     "The SFT loss on held-out records."
     total, count, pad = 0.0, 0, items.processor.tokenizer.pad_token_id
@@ -246,6 +259,7 @@ def validation_loss(
             loss, n = sft_loss(model, batch)
             total, count = total + loss.item(), count + n
     model.train(was)
+    total, count = (team or Team()).add(total, count)
     return total / count
 
 
@@ -298,13 +312,23 @@ def train(
     gradient_accumulation_steps: int = 1,  # batches added up before a step
     learning_rate: float | None = None,  # None: 2e-3 for a tiny model, 2e-4 for others
     warmup_ratio: float = 0.05,  # share of the steps in which the rate rises
-    lr_scheduler_type: str = "cosine",  # then: "cosine", "linear" or "constant"
+    lr_scheduler_type: str = "cosine",  # then: one of SFT_SCHEDULES
     lora_r: int = 16,  # rank of the adapter
     lora_alpha: float = 32,  # its scale; twice the rank is usual
     eval_steps: int = 0,  # score val_data every so many steps; 0: only before and after
     max_grad_norm: float = 1.0,  # longer gradients are cut to this length
+    metric_for_best_model: str | None = None,  # a val_ name; None: accuracy or loss
+    greater_is_better: bool | None = None,  # None: not when the name ends in "loss"
+    early_stopping_patience: int = 0,  # validations without gain; 0: never stop early
+    save_steps: int = 500,  # steps between checkpoints; 0: only at a best or a stop
+    save_total_limit: int = 2,  # checkpoints that are kept, newest first
+    resume_from_checkpoint: bool = False,  # go on with the run in output_dir
+    bf16: bool = False,  # multiply in bfloat16
+    quantize: str | None = None,  # "4bit" or "8bit" for the frozen weights; None: off
+    gradient_checkpointing: bool = False,  # less memory, more time
     seed: int = 0,  # the same seed gives the same run
     device: str | None = None,  # "cpu", "cuda", "mps"; None: the best there is
+    report_to: str = "none",  # also to "tensorboard", "wandb" or "trackio"
     plot="auto",  # live curve in a notebook: "auto", True or False
 ) -> Run:
     "Fine-tune a vision-language model on answers, with a LoRA adapter."
@@ -312,18 +336,19 @@ def train(
     _check_settings(settings)
     records = read_records(data)
     held_out = None if val_data is None else read_records(val_data)
-    _check_output(output_dir)
+    check_output(output_dir, resume_from_checkpoint)
     set_seed(seed)
-    model, processor = load_vlm(model, device=device)
+    model, processor = load_vlm(model, device=device, quantize=quantize)
     model = _with_adapter(model, lora_r, lora_alpha)
+    set_gradient_checkpointing(model, gradient_checkpointing)
     settings["learning_rate"] = learning_rate or _usual_rate(model)
     config = _config(settings, records, held_out, model)
-    folder = run_dir(output_dir, name="sft")
-    with RunLog(folder, config, plot=plot) as log:
+    options = dict(name="sft", plot=plot, report_to=report_to)
+    options["resume_from_checkpoint"] = resume_from_checkpoint
+    with open_run(output_dir, config, **options) as log:
         scores = _learn(model, processor, records, held_out, log, settings)
-        save_adapter(model, folder / "final")
-    _save_plot(folder)
-    return Run(folder, model.eval(), processor, read_log(folder), *scores)
+        save_final(model, log)
+    return Run(log.output_dir, model.eval(), processor, read_log(log.output_dir), *scores)
 
 # %% ../nbs/14_sft.ipynb #301f5f07
 def _with_adapter(model, r, alpha):
@@ -353,30 +378,85 @@ def _config(settings, records, held_out, model):
     return config | found | count_trainable(model)
 
 
-def _save_plot(folder):
-    "Draw the loss into loss.png."
+def save_final(
+    model,  # a model with an adapter
+    log,  # the RunLog of its run
+) -> None:
+    "Keep the adapter in final/ and draw the loss into loss.png."
     from matplotlib.figure import Figure
 
-    log, figure = read_log(folder), Figure((6, 3), dpi=100, layout="constrained")
-    if log["train_history"]:
+    if Team().rank:
+        return
+    replace_folder(log.output_dir / "final", lambda tmp: save_adapter(model, tmp))
+    figure = Figure((6, 3), dpi=100, layout="constrained")
+    if log.train_history:
         plot_log(log, figure.subplots())
-        figure.savefig(folder / "loss.png")
+        figure.savefig(log.output_dir / "loss.png")
+
+# %% ../nbs/14_sft.ipynb #30843551
+def _checkpoints(log, held_out, s):
+    "What is kept; the best is the most accurate version where that can be counted."
+    options = {name: s[name] for name in KEEP_SETTINGS}
+    closed = any(r.get("answer_type", "CLOSED") != "OPEN" for r in held_out or [])
+    options["metric_for_best_model"] = s["metric_for_best_model"] or (
+        "val_accuracy" if closed else "val_loss")
+    peft = quiet_peft()
+
+    def load(model, folder):
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(model, weights)
+
+    options |= dict(save_weights=save_adapter, load_weights=load)
+    return Checkpoints(log, plateau=s["lr_scheduler_type"] == PLATEAU, **options)
+
+# %% ../nbs/14_sft.ipynb #a0467c38
+def _in_turns(parts):
+    "Rows that were dealt out to processes like cards, in their old order."
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def _with_question(row, record):
+    "A row of scores with what was asked, for the samples."
+    asked = next(m["content"] for m in record["messages"] if m["role"] == "user")
+    asked = asked.replace(IMAGE_MARK, "").strip()
+    return {**row, "question": asked, "images": record["images"]}
+
+
+def _step_of(log):
+    "The step of the validation that is going on."
+    return log.train_history[-1]["step"] if log.train_history else 0
+
+
+def _scores_of(log):
+    "The scores before and after, from the run's own samples; None where there are none."
+    if Team().rank:
+        return [None, None]
+    steps = [row["step"] for row in log.val_history]
+    found = [Scores(read_samples(log.output_dir, step)) for step in steps[:1] + steps[1:][-1:]]
+    return found + [None] * (2 - len(found))
 
 # %% ../nbs/14_sft.ipynb #42b12c54
 def _learn(model, processor, records, held_out, log, settings):
     "Train; returns the scores before and after (None without held-out records)."
     items, pad = EncodedRecords(processor, records), processor.tokenizer.pad_token_id
-    seen, check = [], EncodedRecords(processor, held_out or [])
+    team, part = Team(model.device.type == "cpu"), held_out or []
+    part = part[team.rank :: team.size]  # each process asks its share of the questions
+    check = EncodedRecords(processor, part)
 
     def score(model):
-        seen.append(evaluate(model, processor, held_out, progress=False))
-        return val_metrics(seen[-1], validation_loss(model, check))
+        rows = evaluate(model, processor, part, progress=False).rows if part else []
+        rows = _in_turns(of_all_processes(rows))
+        log.sample(_step_of(log), [_with_question(*pair) for pair in zip(rows, held_out)])
+        return val_metrics(Scores(rows), validation_loss(model, check, team=team))
 
     def collate(batch):
         return to_device(join(batch, pad), model)
 
     options = {name: settings[name] for name in LOOP_SETTINGS}
     options |= dict(collate=collate, log=log, evaluate=score if held_out else None)
+    options |= dict(checkpoints=_checkpoints(log, held_out, settings))
+    if settings["lr_scheduler_type"] == PLATEAU:
+        options["lr_scheduler_type"] = "constant_with_warmup"
     fit(model, sft_loss, items, **options)
-    done = bool(seen) and len(log.val_history) > 1
-    return seen[0] if seen else None, seen[-1] if done else None
+    return _scores_of(log)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import contextlib
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -17,16 +18,23 @@ from .core import pick_device, read_json
 from .formats import IMAGE_MARK, open_image, put_marks, to_record
 
 # %% auto #0
-__all__ = ['TINY', 'SHIPPED', 'quiet_transformers', 'count_parts', 'seen_image', 'image_grid', 'plot_image_tokens', 'to_parts',
-           'render', 'encode', 'prompt_tokens', 'plot_prompt', 'to_device', 'answering', 'ask_batch', 'ask',
-           'next_tokens', 'answer_logprobs', 'find_model', 'check_model_folder', 'load_vlm']
+__all__ = ['TINY', 'SHIPPED', 'PROJECTOR_WORDS', 'QUANTIZE', 'quiet_bitsandbytes', 'quiet_transformers', 'weight_count',
+           'count_parts', 'seen_image', 'image_grid', 'plot_image_tokens', 'to_parts', 'render', 'encode',
+           'prompt_tokens', 'plot_prompt', 'to_device', 'answering', 'ask_batch', 'ask', 'next_tokens',
+           'answer_logprobs', 'find_model', 'check_model_folder', 'vision_parts', 'projector_parts',
+           'set_gradient_checkpointing', 'load_vlm', 'memory_parts']
 
 # %% ../nbs/06_vlm.ipynb #82a1d2e8
+def quiet_bitsandbytes():
+    "Switch off two notes of bitsandbytes that look like errors and are none."
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 @contextlib.contextmanager
 def quiet_transformers():
     "Keep the bars and notes of transformers and peft off the screen for a while."
     from transformers.utils import logging as hf
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity_error()
     hf.disable_progress_bar()
@@ -43,6 +51,15 @@ TINY = Path(vlmcourse.__file__).parent / "models" / "tiny"  # comes with the pac
 SHIPPED = {"tiny": TINY, "tiny-internvl": TINY.with_name("tiny-internvl")}
 
 # %% ../nbs/06_vlm.ipynb #08e495c3
+PROJECTOR_WORDS = "merger", "projector", "connector" # what families call their projector
+
+def weight_count(
+    weight, # a tensor with weights
+)->int: # how many weights it holds; packed 4-bit tensors hold two in each byte
+    "The number of weights of a tensor, packed or not."
+    packed = getattr(weight, "quant_state", None)
+    return weight.numel() if packed is None else math.prod(packed.shape)
+
 def count_parts(
     model, # a loaded model
 )->dict: # parameters of each part; "adapter" only when there is one
@@ -50,11 +67,10 @@ def count_parts(
     counts = {"vision tower": 0, "projector": 0, "language model": 0}
     for name, weight in model.named_parameters():
         if "lora_" in name: part = "adapter"
-        elif any(word in name for word in ("merger", "projector", "connector")):
-            part = "projector"
+        elif any(word in name for word in PROJECTOR_WORDS): part = "projector"
         elif "visual" in name or "vision" in name: part = "vision tower"
         else: part = "language model"
-        counts[part] = counts.get(part, 0) + weight.numel()
+        counts[part] = counts.get(part, 0) + weight_count(weight)
     return counts
 
 # %% ../nbs/06_vlm.ipynb #4c012d75
@@ -427,7 +443,9 @@ def _is_weights(folder):
 # %% ../nbs/06_vlm.ipynb #10f5fd9b
 def check_model_folder(
     folder, # a model folder
-)->None: # nothing; raises when stock transformers could not load a VLM from it
+    *,
+    trust_remote_code:bool=False, # may the folder bring Python code of its own?
+)->None: # nothing; raises when transformers could not load a VLM from it
     "Say in plain words why a folder is not a vision-language model."
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as vlm_types)
@@ -437,10 +455,12 @@ def check_model_folder(
             "that save_pretrained wrote, a run folder (with final/), or \"tiny\".")
     config = read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if "auto_map" in config and kind not in vlm_types:
+    foreign = isinstance(config, dict) and "auto_map" in config and kind not in vlm_types
+    if foreign and not trust_remote_code:
         raise ValueError(f"{folder} brings its own Python code (model type {kind!r}), which "
-            "is never run here. Use the version for transformers, often named \"-hf\".")
-    if kind not in vlm_types:
+            "is not run here. Use the version for transformers, often named \"-hf\"; or, if "
+            "you trust the authors with your machine, say trust_remote_code=True.")
+    if kind not in vlm_types and not foreign:
         raise ValueError(f"{folder} {say}: its model type is {kind!r}, which transformers "
             "does not know as a model that takes pictures and text. Use for example a "
             "Qwen2.5-VL, Qwen3-VL or InternVL-hf model, or \"tiny\".")
@@ -455,6 +475,112 @@ def check_model_folder(
 def _has_processor(folder):
     names = "processor_config.json", "preprocessor_config.json"
     return any((folder / name).is_file() for name in names)
+
+# %% ../nbs/06_vlm.ipynb #10228df4
+QUANTIZE = "4bit", "8bit" # what load_vlm can do to the matrices of a language model
+
+def _check_switch(name, value):
+    if not isinstance(value, bool): raise ValueError(f"{name}={value!r} must be True or "
+        "False. Text is refused, because every text, \"False\" too, counts as true.")
+
+def _number_type(dtype, device):
+    "A torch dtype from a dtype, its name, or None."
+    if dtype is None:
+        return torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+    name, allowed = str(dtype).removeprefix("torch."), ("float32", "bfloat16", "float16")
+    if name in allowed: return getattr(torch, name)
+    raise ValueError(f"dtype={dtype!r} must be one of {', '.join(allowed)}, or None. For "
+        "fewer bits than 16 use quantize=\"8bit\" or \"4bit\".")
+
+# %% ../nbs/06_vlm.ipynb #d61e429e
+def _check_bits(quantize, device):
+    "'4bit', '8bit' or None; raises where bitsandbytes cannot work."
+    if quantize in (None, False, "none"): return None
+    if quantize not in QUANTIZE: raise ValueError(f"quantize={quantize!r} must be "
+        "\"4bit\", \"8bit\" or None (off).")
+    if not str(device).startswith(("cpu", "cuda")): raise ValueError(f"quantize={quantize!r} "
+        f"works on a CPU or an NVIDIA GPU, not on {device!r}. Say quantize=None and "
+        "dtype=\"bfloat16\", or device=\"cpu\".")
+    quiet_bitsandbytes()
+    try: import bitsandbytes # noqa: F401
+    except Exception as e: raise ImportError(f"quantize={quantize!r} needs the package "
+        f"bitsandbytes, which cannot be imported here ({str(e)[:200]}). Install it with `pip "
+        "install bitsandbytes`, or say quantize=None.") from e
+    return quantize
+
+# %% ../nbs/06_vlm.ipynb #294d9591
+def vision_parts(
+    model, # a transformers model
+)->list: # module names, such as ["model.visual"]; empty for a model without pictures
+    "Names of the parts beside the language model: vision tower and projector."
+    if not hasattr(model, "get_decoder"): return []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    path = next(name for name, part in model.named_modules() if part is decoder)
+    parts, here, prefix = [], model, ""
+    for step in path.split("."):
+        beside = {n: m for n, m in here.named_children() if n != step and m is not head}
+        parts += [prefix + name for name in beside]
+        here, prefix = getattr(here, step), f"{prefix}{step}."
+    return parts
+
+def projector_parts(
+    model, # a transformers model
+)->list: # module names, such as ["model.visual.merger"]
+    "Names of the projector's modules, which lie inside the vision parts or are one of them."
+    found = []
+    for part in vision_parts(model):
+        for name, _ in model.get_submodule(part).named_modules(prefix=part):
+            inside = any(name.startswith(outer + ".") for outer in found)
+            if not inside and any(word in name.split(".")[-1] for word in PROJECTOR_WORDS):
+                found.append(name)
+    return found
+
+# %% ../nbs/06_vlm.ipynb #27c439e1
+def _quantization(config, bits, dtype, trust):
+    "What transformers needs to know to quantise the language model and nothing else."
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    with torch.device("meta"):
+        shape = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
+    head = [n for n, m in shape.named_modules() if m is shape.get_output_embeddings()]
+    keep = {"llm_int8_skip_modules": vision_parts(shape) + head}
+    if bits == "8bit": return BitsAndBytesConfig(load_in_8bit=True, **keep)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, **keep)
+
+def _check_stored(place, config, bits):
+    "Is the model stored in few bits? Raises when the switch says otherwise."
+    how = getattr(config, "quantization_config", None)
+    if not how: return False
+    how = how if isinstance(how, dict) else how.to_dict()
+    kind = ("4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit")
+            else how.get("quant_method", "an unknown way"))
+    if kind == bits: return True
+    raise ValueError(f"The weights of {place} are stored quantised ({kind}), so "
+        f"quantize={bits!r} is not possible. " + (f"Say quantize={kind!r}, or take"
+        if kind in QUANTIZE else "Take") + " the original model.")
+
+# %% ../nbs/06_vlm.ipynb #31719c75
+def set_gradient_checkpointing(
+    model, # a transformers model, with or without an adapter
+    on:bool, # True: compute again instead of remembering; False: really off
+)->None: # nothing; the model is changed
+    "Switch gradient checkpointing on or off. It acts in training only."
+    _check_switch("on", on)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("utils.generic", "modeling_layers"): # a harmless note, at every start
+        logging.getLogger(f"transformers.{name}").addFilter(_not_about_caching)
+    _remove_hooks(base)
+    if on: base.activation_checkpointing_enable({"use_reentrant": False})
+    else: base.activation_checkpointing_disable()
+    _remove_hooks(base)
+
+def _remove_hooks(model):
+    "Only the old way needs the hooks that transformers and peft put on, see 08_lora."
+    for hook in getattr(model, "_require_grads_hooks", []): hook.remove()
+    model._require_grads_hooks = []
+
+def _not_about_caching(record):
+    return "incompatible with gradient checkpointing" not in record.getMessage()
 
 # %% ../nbs/06_vlm.ipynb #9628f6fd
 def _hub_has(name):
@@ -485,14 +611,21 @@ def _cannot(place, error):
         f"without code of its own: {str(error)[:300]}")
 
 # %% ../nbs/06_vlm.ipynb #84fa9d8f
-def _load(place, dtype):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    options = {"trust_remote_code": False}
+def _load(place, dtype, bits=None, device_map=None, trust=False):
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    options = {"trust_remote_code": trust}
     if not isinstance(place, Path): options["local_files_only"] = not _hub_has(place)
     try:
+        config = AutoConfig.from_pretrained(place, **options)
         processor = AutoProcessor.from_pretrained(place, **options)
+    except Exception as e: raise _cannot(place, e) from e
+    stored, small = _check_stored(place, config, bits), {}
+    if bits and not stored:
+        small = {"quantization_config": _quantization(config, bits, dtype, trust)}
+    try:
         loaded, info = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype,
-            use_safetensors=True, output_loading_info=True, **options)
+            use_safetensors=True, output_loading_info=True, device_map=device_map,
+            **small, **options)
     except Exception as e: raise _cannot(place, e) from e
     wrong = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if wrong:
@@ -502,6 +635,8 @@ def _load(place, dtype):
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"The processor of {place} takes no pictures, only text. Take "
             "processor_config.json (or preprocessor_config.json) from the original model.")
+    for layer in loaded.modules(): # see 08_lora: a shortcut that spoils training on a CPU
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     return loaded, processor
 
 # %% ../nbs/06_vlm.ipynb #06445f53
@@ -520,16 +655,48 @@ def load_vlm(
     adapter=None, # which adapter to put on: "final", "best" or a folder; None: what is there
     device:str|None=None, # "cpu", "cuda" or "mps"; None: the best there is
     dtype=None, # torch dtype or its name; None: bfloat16 on cuda, else float32
+    quantize:str|None=None, # "4bit" or "8bit": the language model in small numbers; None: off
+    gradient_checkpointing:bool=False, # in training: less memory, more time
+    device_map=None, # "auto": spread over several GPUs; or {part: device}; None: all on `device`
+    trust_remote_code:bool=False, # run Python code that comes with the model
 )->tuple: # (model, processor), the model ready to answer
     "Load a vision-language model and its processor, and the adapter of a run if asked."
-    if isinstance(dtype, str): dtype = getattr(torch, dtype)
+    for name, value in [("gradient_checkpointing", gradient_checkpointing),
+                        ("trust_remote_code", trust_remote_code)]: _check_switch(name, value)
+    if device is not None and device_map is not None: raise ValueError(f"device={device!r} "
+        f"and device_map={device_map!r} were both given. Give one: a device for the whole "
+        "model, or a map that spreads it.")
     device = pick_device(device)
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype, bits = _number_type(dtype, device), _check_bits(quantize, device)
     place, adapter = find_model(model, adapter=adapter)
-    if isinstance(place, Path): check_model_folder(place)
+    if isinstance(place, Path): check_model_folder(place, trust_remote_code=trust_remote_code)
+    spread = {"": device} if bits and device_map is None else device_map
     with quiet_transformers():
-        loaded, processor = _load(place, dtype)
+        loaded, processor = _load(place, dtype, bits, spread, trust_remote_code)
         base = next((name for name, folder in SHIPPED.items() if folder == place), str(place))
         loaded.name_or_path = loaded.config._name_or_path = base # adapters name it so
         if adapter: loaded = _put_on(loaded, adapter)
-    return loaded.to(device).eval(), processor
+        if gradient_checkpointing: set_gradient_checkpointing(loaded, True)
+    return (loaded if spread else loaded.to(device)).eval(), processor
+
+# %% ../nbs/06_vlm.ipynb #9405e777
+def memory_parts(
+    model, # a loaded model
+)->dict: # bytes of each part; the matrices of the language model apart from its other weights
+    "How many bytes the weights of each part take."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vision, found = tuple(part + "." for part in vision_parts(base)), {}
+    matrices = {id(m.weight) for m in base.get_decoder().modules()
+                if isinstance(m, torch.nn.Linear)}
+    for name, weight in base.named_parameters():
+        part = ("adapter" if "lora_" in name else "vision" if name.startswith(vision)
+                else "language matrices" if id(weight) in matrices else "language, other")
+        found[part] = found.get(part, 0) + weight.nbytes + _scales(weight)
+    return found
+
+def _scales(weight):
+    "Bytes of the lists and scales that belong to a 4-bit or 8-bit tensor."
+    state, rows = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    tensors = [] if state is None else [*vars(state).values()]
+    if getattr(state, "nested", False): tensors += [*vars(state.state2).values()]
+    return sum(t.nbytes for t in [*tensors, rows] if isinstance(t, torch.Tensor))

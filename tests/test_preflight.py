@@ -1,0 +1,63 @@
+"The estimate of memory against what really is kept, for both families, and odd settings."
+import pytest
+import torch
+
+from vlmcourse.lora import add_lora, count_trainable
+from vlmcourse.museum import make_records
+from vlmcourse.preflight import activation_bytes, check_run, ghost_model, kept_bytes, memory_bytes, no_signal, row_tokens
+from vlmcourse.sft import sft_loss
+from vlmcourse.vlm import encode, load_vlm
+
+RECORDS = make_records(24, tasks=["workshop", "colour"], split="train", seed=0)
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny-internvl"])
+@pytest.mark.parametrize("size", [1, 6])
+def test_activations_are_estimated_within_a_third(family, size):
+    model, processor = load_vlm(family, device="cpu")
+    model, batch = add_lora(model, r=8).train(), encode(processor, RECORDS[:size])
+    real = kept_bytes(model, lambda: sft_loss(model, batch)[0])
+    ghost, _ = ghost_model(family, lora_r=8)
+    tokens = row_tokens(processor, RECORDS[:size])
+    guess = activation_bytes(ghost, size, max(r["total"] for r in tokens), max(r["answer"] for r in tokens))
+    assert count_trainable(ghost) == count_trainable(model) and .9 < guess/real < 1.4
+    assert memory_bytes(ghost, batch_size=1, tokens=50, answer_tokens=5)["weights"] == 4*count_trainable(model)["total"]
+
+
+def test_checkpointing_keeps_what_is_estimated():
+    from vlmcourse.vlm import set_gradient_checkpointing
+    model, processor = load_vlm("tiny", device="cpu")
+    model, batch = add_lora(model).train(), encode(processor, RECORDS[:6])
+    set_gradient_checkpointing(model, True)
+    real = kept_bytes(model, lambda: sft_loss(model, batch)[0])
+    tokens = row_tokens(processor, RECORDS[:6])
+    guess = memory_bytes(ghost_model("tiny")[0], batch_size=6, tokens=max(r["total"] for r in tokens),
+                         answer_tokens=max(r["answer"] for r in tokens), gradient_checkpointing=True)["activations"]
+    assert real < guess < 12*real           # while a layer is computed again, its inside is there too: the estimate has it, `real` has not
+
+
+@pytest.mark.parametrize("settings,check,verdict", [
+    (dict(), "steps", "warn"), (dict(max_steps=100), "steps", "pass"), (dict(per_device_train_batch_size=30), "batch", "warn"),
+    (dict(num_generations=8), "groups", "pass"), (dict(num_generations=3), "groups", "fail"), (dict(num_generations=1), "groups", "fail"),
+    (dict(num_generations=8, pass_rate=.02), "signal", "warn"), (dict(num_generations=8, pass_rate=.5), "signal", "pass"),
+    (dict(per_device_train_batch_size=10**6), "memory", "fail"), (dict(eval_steps=50), "validation", "warn"), (dict(processes=3), "steps", "warn")])
+def test_verdicts(settings, check, verdict):
+    report = check_run(RECORDS, device="cpu", **settings)
+    assert {r[0]: r[1] for r in report.rows}[check] == verdict
+    assert report.ok == (verdict != "fail") and check in repr(report) and "<td>" in report._repr_html_()
+
+
+def test_too_long_records_and_records_without_answer(monkeypatch):
+    long = [{**r, "messages": [dict(role="user", content="<image>" + "vase "*4000), r["messages"][1]]} for r in RECORDS]
+    report = check_run(long, device="cpu")
+    assert {r[0]: r[1] for r in report.rows}["context length"] == "fail" and "24 records are longer" in repr(report)
+    report = check_run([{**r, "messages": r["messages"][:1]} for r in RECORDS], device="cpu")
+    assert [r[:2] for r in report.rows] == [("records", "fail")] and not report.ok
+
+
+def test_no_signal_equals_counting():
+    for p in (0., .1, .5, 1.):
+        for g in (2, 3, 8): assert no_signal(p, g) == pytest.approx(p**g + (1-p)**g)
+    with torch.random.fork_rng():
+        torch.manual_seed(0); right = (torch.rand(100_000, 4) < .3).sum(1)
+    assert no_signal(.3, 4) == pytest.approx(((right == 0) | (right == 4)).float().mean().item(), abs=.01)
