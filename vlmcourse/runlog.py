@@ -402,6 +402,7 @@ def finish(
         self._display.update(self, now=True)
 
 
+# %% ../nbs/10_runlog.ipynb #91efa65f
 @patch
 def __enter__(self: RunLog):
     return self
