@@ -131,7 +131,11 @@ def test_what_a_run_leaves_behind(elsewhere):
     run = train(path, save_records(HELD_OUT, elsewhere / "held_out"), **QUICK)
     assert run.output_dir == Path("runs/sft-001") and "held-out accuracy" in repr(run)
     names = sorted(str(p.relative_to(run.output_dir)) for p in run.output_dir.rglob("*") if p.is_file())
-    assert names == ["final/adapter_config.json", "final/adapter_model.safetensors", "loss.png", "training_log.json"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    pictures = [n for n in names if n.startswith("samples/")]
+    assert [n for n in names if n not in pictures] == [*(f"best/{n}" for n in adapter), *(f"final/{n}" for n in adapter), "loss.png", "samples.jsonl",
+                                                       "training_history.csv", "training_log.json", "validation_history.csv"]
+    assert len(pictures) == len({r["images"][0].tobytes() for r in HELD_OUT}) and all(n.endswith(".jpg") for n in pictures)
     log = json.loads((run.output_dir / "training_log.json").read_text())
     assert log["status"] == "finished" and len(log["train_history"]) == 3
     assert {"step", "epoch", "samples", "loss", "lr"} <= set(log["train_history"][0])

@@ -297,7 +297,8 @@ def after_validation(self: Checkpoints, step: int, model, optimizer, recent: lis
     at = best_place(values, self.greater)
     row = None if at is None else self.log.val_history[at]
     if row and row["step"] == step and known != step:
-        self.save(step, model, optimizer, recent)
+        if step:  # before the first step there is nothing to go back to
+            self.save(step, model, optimizer, recent)
         self._keep_best(model, row)
     waited = 0 if at is None else len(values) - 1 - at
     return not self.patience or waited < self.patience
