@@ -202,15 +202,9 @@ def _prepare(self: RunLog):
     ]
     if self.writes:
         self._clear_asks()
-        _forget_samples(self.output_dir, _last_whole(self))
+        self._again = -1 if self.resumed_at is None else self.resumed_at
+        _forget_samples(self.output_dir, self._again)
         _mark_running(self.output_dir)
-
-
-def _last_whole(log):
-    "Samples up to this step are whole: a validation that was cut off has no row."
-    step = -1 if log.resumed_at is None else log.resumed_at
-    done = any(row["step"] == step for row in log.val_history)
-    return step if done else step - 1
 
 # %% ../nbs/10_runlog.ipynb #cb0c52c7
 @patch
@@ -559,6 +553,9 @@ def sample(
     "Keep answers of the model; small copies of the pictures of the first eight."
     if not self.writes:
         return
+    if step == self._again:  # a validation that a kill had cut off: its rows are replaced
+        _forget_samples(self.output_dir, step - 1)
+        self._again = -1
     rows = [
         _sample_row(row, int(step), self.output_dir if i < 8 else None)
         for i, row in enumerate(rows)
