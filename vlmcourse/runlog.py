@@ -556,10 +556,8 @@ def sample(
     if step == self._again:  # a validation that a kill had cut off: its rows are replaced
         _forget_samples(self.output_dir, step - 1)
         self._again = -1
-    rows = [
-        _sample_row(row, int(step), self.output_dir if i < 8 else None)
-        for i, row in enumerate(rows)
-    ]
+    folders = [self.output_dir] * 8 + [None] * len(rows)
+    rows = [_sample_row(r, int(step), f) for r, f in zip(rows, folders)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = self.output_dir / "samples.jsonl"
     before = path.stat().st_size if path.exists() else 0
