@@ -54,16 +54,21 @@ class Handler(BaseHTTPRequestHandler):
             self.server.arrived[key].append(time.monotonic())
             self.server.bodies.append(body)
             self.server.headers.append(dict(self.headers))
-            self.server.flying += 1
+            self.server.flying, self.flies = self.server.flying + 1, True
             self.server.most_flying = max(self.server.most_flying, self.server.flying)
             n = len(self.server.arrived[key])
         try:
             with contextlib.suppress(OSError): self.server.behave(self, fields, n)
         finally:
-            with self.server.lock: self.server.flying -= 1
+            self.landed()
+
+    def landed(self):
+        "No longer in flight: said before the answer is sent, because the next question may come the moment it is."
+        with self.server.lock: self.server.flying, self.flies = self.server.flying - self.flies, False
 
     def send(self, body, status=200, **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.landed()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
