@@ -22,6 +22,13 @@ from .evaluate import Scores, evaluate
 from .formats import IMAGE_MARK, read_records
 from .lora import add_lora, count_trainable, quiet_peft, save_adapter
 from .loop import SCHEDULES, Team, fit
+from vlmcourse.prefix import (
+    FAMILIES,
+    FeatureCache,
+    as_features,
+    base_of,
+    picture_features,
+)
 from vlmcourse.resume import (
     Checkpoints,
     check_output,
@@ -34,7 +41,7 @@ from .vlm import encode, load_vlm, set_gradient_checkpointing, to_device
 
 # %% auto #0
 __all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'KEEP_SETTINGS', 'PLATEAU', 'SFT_SCHEDULES', 'token_loss', 'answer_loss', 'token_jobs',
-           'show_labels', 'sft_loss', 'EncodedRecords', 'join', 'data_hash', 'versions', 'validation_loss',
+           'show_labels', 'sft_loss', 'Features', 'EncodedRecords', 'join', 'data_hash', 'versions', 'validation_loss',
            'val_metrics', 'Run', 'train', 'save_final']
 
 # %% ../nbs/14_sft.ipynb #ac7cf52c
@@ -116,11 +123,28 @@ def sft_loss(
     targets = batch["labels"][:, 1:]
     keep = (targets != -100).any(0).nonzero()[:, 0]  # [K] positions
     rest = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if "pictures" in rest:  # they have been through the tower
+        pictures = as_features(base_of(model).model, rest.pop("pictures").pictures)
+        rest["mm_encoder_outputs"] = {"image": pictures}
     logits = model(**rest, logits_to_keep=keep, use_cache=False).logits  # [B, K, V]
     targets, count = targets[:, keep], (targets != -100).sum()
     return token_loss(logits, targets) * count, int(count)
 
 # %% ../nbs/14_sft.ipynb #f3ba0293
+class Features:
+    "Pictures that have been through the vision tower; they stay where they are."
+
+    def __init__(self, pictures):
+        self.pictures = pictures  # `Picture`s of 12a_prefix
+
+    def to(self, *_, **__):
+        return self
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for p in self.pictures for t in [p.tokens, *p.deep])
+
+
 class EncodedRecords:
     "Records that are encoded when first asked for and then kept."
 
@@ -130,8 +154,9 @@ class EncodedRecords:
         records: list,  # records with answers
         *,
         keep_gb: float = 2.0,  # memory for kept items in GB; later ones are made anew
+        features: FeatureCache | None = None,  # keep pictures as features; None: as pixels
     ):
-        self.processor, self.records = processor, records
+        self.processor, self.records, self.features = processor, records, features
         self.kept, self.room = {}, keep_gb * 1e9
 
     def __len__(self):
@@ -141,7 +166,11 @@ class EncodedRecords:
         if i in self.kept:
             return self.kept[i]
         item = encode(self.processor, [self.records[i]])
-        size = sum(t.nbytes for t in item.values() if torch.is_tensor(t))
+        if self.features is not None and "pixel_values" in item:
+            pixels = item.pop("pixel_values").to(self.features.tower.__self__.device)
+            found = picture_features(self.features, pixels, item.get("image_grid_thw"))
+            item["pictures"] = Features(found)
+        size = sum(getattr(t, "nbytes", 0) for t in item.values())
         if size <= self.room:
             self.kept[i], self.room = item, self.room - size
         return item
@@ -157,6 +186,9 @@ def join(
     pad = torch.nn.functional.pad
     for name in dict.fromkeys(name for item in items for name in item):
         parts = [item[name] for item in items if name in item]
+        if name == "pictures":
+            joined[name] = Features([p for part in parts for p in part.pictures])
+            continue
         if parts[0].shape[:2] == items[0]["input_ids"].shape:  # [1, T] like the tokens
             gaps, value = [max(lengths) - n for n in lengths], fill.get(name, 0)
             parts = [pad(p, (0, gap), value=value) for p, gap in zip(parts, gaps)]
@@ -410,6 +442,14 @@ def _checkpoints(log, held_out, s):
     return Checkpoints(log, plateau=s["lr_scheduler_type"] == PLATEAU, **options)
 
 # %% ../nbs/14_sft.ipynb #a0467c38
+def _feature_cache(model):
+    "Where pictures are kept as features; None when the tower trains, or is not known."
+    if base_of(model).config.model_type not in FAMILIES:
+        return None
+    cache = FeatureCache(model)
+    return cache if cache.stamp() else None
+
+
 def _in_turns(parts):
     "Rows that were dealt out to processes like cards, in their old order."
     longest = max(map(len, parts))
@@ -439,10 +479,11 @@ def _scores_of(log):
 # %% ../nbs/14_sft.ipynb #42b12c54
 def _learn(model, processor, records, held_out, log, settings):
     "Train; returns the scores before and after (None without held-out records)."
-    items, pad = EncodedRecords(processor, records), processor.tokenizer.pad_token_id
+    pad, cache = processor.tokenizer.pad_token_id, _feature_cache(model)
+    items = EncodedRecords(processor, records, features=cache)
     team, part = Team(model.device.type == "cpu"), held_out or []
     part = part[team.rank :: team.size]  # each process asks its share of the questions
-    check = EncodedRecords(processor, part)
+    check = EncodedRecords(processor, part, features=cache)
 
     def score(model):
         rows = evaluate(model, processor, part, progress=False).rows if part else []
