@@ -14,7 +14,7 @@ CELLS = [
     "from vlmcourse import sft\nfrom vlmcourse.formats import read_records\nfrom vlmcourse.panel import panel\n"
     "from vlmcourse.runlog import read_log",
     "train_set = '../data_samples/workshop/records.json'\nunseen = read_records('../data_samples/museum/records.json')[:4]\n"
-    "p = panel(sft.train, train_set, unseen, eval_steps=4)\np",
+    "p = panel(sft.train, train_set, unseen, eval_steps=20)\np",
 ]
 
 
@@ -111,11 +111,11 @@ def test_panel(lab):
 
         # two sliders, and the tool tip of one
         move(page, "learning_rate", "ArrowRight", 15)
-        move(page, "num_train_epochs", "ArrowRight", 4)
+        move(page, "num_train_epochs", "ArrowRight", 8)  # long enough for all that follows on a fast machine
         page.locator("button.vlm-show-me-the-code").click()
         code = page.locator(".vlm-panel pre.vlm-code")
         call = wait_until(page, lambda: code.count() and code.inner_text(), "no code is shown")
-        assert "num_train_epochs=8" in call and "learning_rate=0.003" in call and "val_data=unseen" in call and "seed" not in call, call
+        assert "num_train_epochs=30" in call and "learning_rate=0.003" in call and "val_data=unseen" in call and "seed" not in call, call
         tip = page.locator('.vlm-form [title^="learning_rate: "]').first.get_attribute("title")
         assert "tiny model" in tip, tip
 
@@ -148,11 +148,11 @@ def test_panel(lab):
         assert kept.first.locator("pre").inner_text().strip() == call.strip()
         stopped = run_cell(page, "[(r['step'], r['loss']) for r in read_log(p.training.folder)['train_history']]")
         stopped = json.loads(stopped.replace("(", "[").replace(")", "]"))
-        assert 3 <= len(stopped) < 32, stopped
+        assert 3 <= len(stopped) < 120, stopped
         run_cell(page, call.replace("sft.train(", "run = sft.train(") + "\n", minutes=8)
         again = run_cell(page, "[(r['step'], r['loss']) for r in run.log['train_history']]")
         again = json.loads(again.replace("(", "[").replace(")", "]"))
-        assert len(again) == 32 and again[:len(stopped)] == stopped, (again, stopped)
+        assert len(again) == 120 and again[:len(stopped)] == stopped, (again, stopped)
 
         # what stays in the saved notebook is plain HTML, without a running kernel
         page.evaluate("() => window.jupyterapp.shell.currentWidget.context.save()")
