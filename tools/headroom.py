@@ -5,9 +5,7 @@ greedy (the most likely token each time) and sampled (temperature 1). DPO and GR
 pretraining mix is judged by this table. `--save` keeps it as headroom.json and headroom.md beside the model card."""
 import argparse
 import contextlib
-import json
 import os
-import re
 import tempfile
 import time
 import warnings
@@ -16,10 +14,12 @@ import numpy as np
 import torch
 
 from vlmcourse.core import read_json, set_seed, write_json, write_text
+from vlmcourse.detection import measure_boxes
 from vlmcourse.evaluate import paired_gain, score_answers
 from vlmcourse.lora import add_lora
-from vlmcourse.museum import THINGS, make_records
+from vlmcourse.museum import make_records
 from vlmcourse.sft import train as sft_train
+from vlmcourse.similarity import measure_captions
 from vlmcourse.vlm import ask_batch, find_model, load_vlm, quiet_transformers, to_parts
 
 N = 240  # held-out questions of every demonstration
@@ -30,56 +30,6 @@ def measure_answers(answers, records):
     "Right in the wanted form, right in any form, wanted form."
     rows = score_answers(answers, records)
     return {k: [float(r[k]) for r in rows] for k in ("strict", "lenient", "format")}
-
-
-def _named(text):
-    return re.findall(rf"\ba ({'|'.join(THINGS)})\b", text)
-
-
-def measure_captions(answers, records):
-    "Captions that invent nothing; share of the things and of the vases on the shelf that are named; captions in a readable form."
-    out = dict(nothing_invented=[], things_named=[], vases_named=[], readable=[])
-    for text, r in zip(answers, records):
-        scene = r["meta"]["scenes"][0]
-        there, said = [t["kind"] for t in scene["things"]], _named(text)
-        vases = [f"{v['colour']} {v['shape']}" for v in scene["vases"]]
-        out["nothing_invented"].append(float(set(said) <= set(there) and len(said) == len(set(said))))
-        out["things_named"].append(float(np.mean([t in said for t in there])) if there else None)
-        out["vases_named"].append(float(np.mean([min(text.count(v), vases.count(v))/vases.count(v) for v in vases])))
-        out["readable"].append(float(bool(re.fullmatch(r"A \w+ photo of shelves with [a-z ]+(, [a-z ]+)*\.", text))))
-    return out
-
-
-def _iou(a, b):
-    w, h = min(a[2], b[2])-max(a[0], b[0]), min(a[3], b[3])-max(a[1], b[1])
-    both = max(0, w)*max(0, h)
-    return both/((a[2]-a[0])*(a[3]-a[1])+(b[2]-b[0])*(b[3]-b[1])-both)
-
-
-def read_boxes(text):
-    "The boxes of an answer in the wanted JSON form, or None."
-    try:
-        found = [(list(map(float, o["bbox_2d"])), str(o["label"])) for o in json.loads(text)]
-        return found if all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] for b, _ in found) else None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def measure_boxes(answers, records):
-    "JSON form; F1 (label right, IoU at least .5); mean IoU over the true vases. Each predicted box counts for one vase only."
-    out = dict(json=[], f1=[], miou=[])
-    for text, r in zip(answers, records):
-        truth, found = r["objects"], read_boxes(text)
-        pairs = sorted(((_iou(b, o["bbox"]), i, j) for i, (b, l) in enumerate(found or []) for j, o in enumerate(truth) if l == o["label"]), reverse=True)
-        hits, used = [], set()
-        for iou, i, j in pairs:
-            if ("found", i) not in used and ("true", j) not in used:
-                used |= {("found", i), ("true", j)}
-                hits.append(iou)
-        out["json"].append(float(found is not None))
-        out["f1"].append(2*sum(h >= .5 for h in hits)/(len(found or [])+len(truth)))
-        out["miou"].append(sum(hits)/len(truth))
-    return out
 
 
 def ask_all(model, processor, records, measure, seed):
@@ -192,6 +142,7 @@ def run_grpo(name, seed, task, measure, reward, steps, learning_rate, max_new_to
     data, test = make_records(512, [task], seed=seed), make_records(N, [task], split="test", seed=seed+1)
     result, (model, processor) = {}, load_vlm(name)
     before = ask_all(model, processor, test, measure, seed)
+    processor.tokenizer.padding_side = "left"  # TRL 1.16 counts the positions of padded prompts right only so (lesson 12a)
 
     def pays(completions, number, **_):
         m = measure(_texts(completions), [data[i] for i in number])

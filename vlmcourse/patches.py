@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_patches.ipynb #fa3acf43
 from __future__ import annotations
-import operator
+import operator, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -186,7 +186,7 @@ def load_tiles(
     thumbnail:bool=True, # add the whole picture as one more tile, if there are several
     share:bool=True, # do the pictures share max_tiles, as those of one record do?
     resize:str="pil", # "pil": InternVL's pixels; "torchvision": those of transformers
-    threads:int=1, # pictures read and cut at the same time
+    threads:int|None=None, # pictures worked on at the same time; None: one per core
 )->tuple: # (float32 tensor [K,3,S,S], list with the number of tiles of each picture)
     "Open, cut and normalise pictures."
     import torch
@@ -195,7 +195,8 @@ def load_tiles(
     if resize not in ("pil", "torchvision"): raise ValueError(f"resize={resize!r} is "
         "not known. Use 'pil' (InternVL's pixels) or 'torchvision' (faster).")
     low, high = _limits(len(images), share, min_tiles, max_tiles)
-    with ThreadPoolExecutor(_whole(threads, "threads")) as pool:
+    threads = (os.cpu_count() or 1) if threads is None else _whole(threads, "threads")
+    with ThreadPoolExecutor(min(threads, len(images))) as pool:
         opened = list(pool.map(open_image, images))
         limits = dict(min_tiles=low, max_tiles=high, tile_size=tile_size)
         grids = [closest_grid(im.size, **limits) for im in opened]
