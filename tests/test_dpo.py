@@ -1,9 +1,6 @@
 """DPO: every loss is TRL's, the shared form gives the numbers of full rows, bad pairs are named, a killed run ends the same."""
 import json
 import math
-import multiprocessing as mp
-import random
-import time
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace as Box
@@ -11,19 +8,18 @@ from types import SimpleNamespace as Box
 import numpy as np
 import pytest
 import torch
+from kill import kill_and_compare, launch
 from test_prefix import FAMILIES, apart, exact, picture  # noqa: F401 (exact is a fixture)
-from test_resume import _launch, outcome
 
 from vlmcourse import dpo
 from vlmcourse.core import read_json, write_json
 from vlmcourse.dpo import (EncodedPairs, PairLogps, answer_ids, balance_lengths, beta_effect, caption_score, check_pairs, dpo_loss,
                            generation_gains, keep_reference, kto_loss, leak_note, length_note, log_odds, mark_words, museum_pairs,
-                           orpo_loss, pair_logps, pair_loss, read_pairs, sample_pairs, show_pairs, simpo_loss, to_pair, train)
+                           orpo_loss, pair_logps, read_pairs, sample_pairs, show_pairs, simpo_loss, to_pair, train)
 from vlmcourse.formats import to_record
 from vlmcourse.lora import add_lora
 from vlmcourse.museum import ask_scene, make_record, make_scene
 from vlmcourse.prefix import adapter_off
-from vlmcourse.runlog import read_log
 from vlmcourse.vlm import encode, load_vlm
 
 QUICK = dict(max_steps=3, per_device_train_batch_size=4, plot=False, device="cpu")
@@ -129,7 +125,6 @@ def test_mutants_are_caught(mutant, monkeypatch):
 @pytest.mark.parametrize("name", ["hinge", "ipo", "robust", "bco_pair", "sft"])
 def test_each_variant_is_told_from_sigmoid(name, monkeypatch):
     monkeypatch.setitem(dpo.LOSSES, name, dpo.sigmoid_loss)
-    monkeypatch.setitem(dpo.KNOBS, name, ("beta",))
     assert differs([name], [1.], .5, .1, 0) > 1e-3
 
 
@@ -313,10 +308,12 @@ BAD = [
     ("different prompts", dict(images=[], chosen=turns("Why?", "so"), rejected=turns("How?", "no"))),
     ("different prompts", dict(GOOD, chosen=turns("How?", "so"))),
     ("identical answers", dict(GOOD, rejected="because ")), ("mark in an answer", dict(GOOD, rejected="<image> no")),
-    ("an answer is missing", dict(GOOD, messages=turns("Why?", "so"))),
+    ("question not last", dict(GOOD, messages=turns("Why?", "so"))),
     ("picture not found", dict(GOOD, images=["nowhere.png"])), ("picture not found", dict(GOOD, images=["a.png"], rejected_images=["nowhere.png"])),
     ("marks and pictures differ", dict(GOOD, images=["a.png"], rejected_images=["a.png", "a.png"])),
     ("picture outside the folder", dict(GOOD, images=["../a.png"])), ("picture is damaged", dict(GOOD, images=["broken.png"])),
+    ("bad picture entry", dict(GOOD, images=5, rejected_images=["a.png"])), ("bad answer", dict(GOOD, rejected=[])),
+    ("different prompts", dict(GOOD, chosen=turns("Why?", "so"), rejected=turns("What?", "no"))),
     ("not a record", "vase"), ("bad messages", dict(GOOD, messages=None)), ("no question", dict(GOOD, messages=[dict(role="user", content=" ")])),
 ]
 
@@ -343,8 +340,8 @@ def test_all_bad_pairs_are_counted_together(folder):
     report = check_pairs(folder / "pairs.json")
     want = defaultdict(int)
     for reason, _ in BAD: want[reason] += 1
-    assert report.counts == want and "22 pairs, 19 with problems" in repr(report)
-    with pytest.raises(ValueError, match="19 of 22 pairs"): read_pairs(folder / "pairs.json")
+    assert report.counts == want and "25 pairs, 22 with problems" in repr(report)
+    with pytest.raises(ValueError, match="22 of 25 pairs"): read_pairs(folder / "pairs.json")
     for data, words in (([], "no pairs"), (folder / "none.json", "none.json")):
         with pytest.raises((ValueError, FileNotFoundError), match=words): read_pairs(data)
 
@@ -383,6 +380,12 @@ def test_length_bias_and_leak_are_noted():
     again = [{**PAIRS[0], "messages": [dict(role="user", content="<image>What?")]}, HELD_OUT[0]]
     assert "1 of 2 held-out pairs" in leak_note(PAIRS, again) and leak_note(PAIRS, HELD_OUT) is None
     with pytest.warns(UserWarning, match="leak"): dpo_quick_check(PAIRS, again)
+
+
+def test_bad_held_out_pairs_and_copied_pictures_are_noted():
+    assert "1 held-out pairs have problems" in repr(check_pairs(PAIRS, [HELD_OUT[0], dict(GOOD, chosen=" ")]))
+    copied = {**PAIRS[0], "rejected": PAIRS[0]["chosen"], "rejected_images": [PAIRS[0]["images"][0].copy()]}
+    assert dpo.identical_pairs(load_vlm("tiny", device="cpu")[1], {7: copied})[0][:2] == (7, "identical answers")
 
 
 def dpo_quick_check(data, val): train(data, val, **{**QUICK, "max_steps": 1}, generation_metric=None, output_dir=None)
@@ -449,25 +452,25 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "lr", "grad_norm"} <= set(first)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert [r["step"] for r in log["val_history"]] == [0, 2, 3]
-    names = {"val_loss", "val_accuracy", "val_margin", "val_nothing_invented", "val_things_named", "val_vases_named", "val_readable"}
-    assert all(names <= set(r) for r in log["val_history"]) and log["best_checkpoint"]["metric"] == "val_nothing_invented"
+    names = {"val_loss", "val_accuracy", "val_margin", "val_faultless", "val_nothing_invented", "val_things_named", "val_vases_named", "val_readable"}
+    assert all(names <= set(r) for r in log["val_history"]) and log["best_checkpoint"]["metric"] == "val_faultless"
     assert log["config"]["method"] == "dpo" and log["config"]["loss_type"] == ["sigmoid"] and len(log["config"]["data_hash"]) == 16
     assert (tmp_path / "r/final/adapter_model.safetensors").exists() and (tmp_path / "r/best").is_dir() and (tmp_path / "r/loss.png").exists()
     samples = dpo.read_samples(tmp_path / "r", 3)
     assert len(samples) == len(HELD_OUT) and {"answer", "truth", "nothing_invented"} <= set(samples[0])
     table = generation_gains(run)
-    assert [row[0] for row in table.rows] == ["nothing_invented", "things_named", "vases_named", "readable"]
+    assert [row[0] for row in table.rows] == ["faultless", "nothing_invented", "things_named", "vases_named", "readable"]
     assert "rewards/margins" in open(tmp_path / "r/training_history.csv").readline()
 
 
 @pytest.mark.parametrize("name", ["hinge", "ipo", "robust", "bco_pair", "sft", "simpo", "orpo", "sigmoid,bco_pair,sft"])
-def test_every_loss_trains_and_can_be_repeated(tmp_path, name):
-    more = dict(loss_type=name, label_smoothing=.1, loss_weights="0.8,0.2,1" if "," in name else None, generation_metric=None)
-    a, b = (train(PAIRS, HELD_OUT, output_dir=tmp_path / n, **QUICK | more | dict(learning_rate=2e-3, max_steps=6)) for n in "ab")
-    assert a.log["train_history"] == b.log["train_history"] and a.log["val_history"] == b.log["val_history"]
-    margins = [r["rewards/margins"] for r in a.log["train_history"]]
-    assert margins[-1] > margins[0] or name == "sft"
-    if name == "sft": assert a.log["val_history"][-1]["val_loss"] < a.log["val_history"][0]["val_loss"]
+def test_every_loss_trains(tmp_path, name):
+    "The margin grows, or for sft the loss falls, on the same four pairs again and again; the mixture is run twice, with the same numbers."
+    more = dict(loss_type=name, label_smoothing=.1, loss_weights="0.8,0.2,1" if "," in name else None, learning_rate=2e-3, max_steps=5)
+    runs = [train(PAIRS[:4], output_dir=tmp_path / n, **QUICK | more) for n in ("ab" if "," in name else "a")]
+    assert all(run.log["train_history"] == runs[0].log["train_history"] for run in runs)
+    first, *_, last = runs[0].log["train_history"]
+    assert last["loss"] < first["loss"] and (last["rewards/margins"] > first["rewards/margins"] or name == "sft")
 
 
 def test_another_order_of_pairs_sizes_and_pieces(tmp_path):
@@ -496,6 +499,24 @@ def test_a_metric_of_ones_own(tmp_path):
     def brief(answers, pairs): return dict(brief=[1 / len(a.split()) for a in answers])
     run = train(PAIRS, HELD_OUT, output_dir=tmp_path / "r", generation_metric=brief, metric_for_best_model="val_margin", **QUICK)
     assert run.log["best_checkpoint"]["metric"] == "val_margin" and 0 < run.log["val_history"][-1]["val_brief"] < 1
+    assert [row[:2] for row in generation_gains(run.output_dir).rows] == [["brief", len(HELD_OUT)]]
+    wrong = [(dict(generation_metric=lambda answers, pairs: dict(brief=[1.])), f"gave 1 numbers named 'brief' for {len(HELD_OUT)} answers"),
+             (dict(metric_for_best_model="val_f1"), "metric_for_best_model='val_f1' is not measured. Choose one of val_faultless, val_nothing_invented")]
+    for settings, words in wrong:
+        with pytest.raises(ValueError, match=words): train(PAIRS, HELD_OUT, output_dir=tmp_path / "s", **QUICK | settings)
+    assert not (tmp_path / "s").exists()
+
+
+def test_gains_need_two_validations_and_a_picture_does_not(tmp_path):
+    run = train(PAIRS, output_dir=tmp_path / "r", **QUICK)
+    with pytest.raises(ValueError, match="has 0 validations; two are needed"): generation_gains(run)
+    axes = dpo.plot_dpo(run, "a title")
+    assert [line.get_label() for line in axes[0].lines] == ["rewards/chosen", "rewards/rejected"] and axes[0].figure.get_suptitle() == "a title"
+
+
+def test_in_half_precision_the_run_starts_at_its_reference(tmp_path):
+    row = train(PAIRS, output_dir=tmp_path / "r", bf16=True, **QUICK).log["train_history"][0]
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(row["rewards/chosen"]) < 1e-6
 
 
 # --- killed at ten random moments ---------------------------------------------------------------
@@ -503,52 +524,24 @@ def _dpo(folder, data, held_out):
     "One attempt, in a process of its own."
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    train(data, held_out, output_dir=folder, max_steps=8, per_device_train_batch_size=5, eval_steps=4, save_steps=2, device="cpu", plot=False,
+    train(data, held_out, output_dir=folder, max_steps=6, per_device_train_batch_size=4, eval_steps=3, save_steps=2, device="cpu", plot=False,
           learning_rate=1e-3, resume_from_checkpoint=True)
 
 
 def test_killed_at_ten_random_moments_ends_the_same_bit_for_bit(tmp_path):
-    data, held_out = save(PAIRS, tmp_path / "data"), save(HELD_OUT[:3], tmp_path / "held_out")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["vlmcourse.dpo", "transformers", "peft"])
-    def attempt(folder):
-        process = context.Process(target=_dpo, args=(folder, data, held_out))
-        process.start()
-        return process
-    began = time.time()
-    whole = attempt(tmp_path / "whole")
-    whole.join()
-    took = time.time() - began
-    assert whole.exitcode == 0
-    want, rng, kills, runs = outcome(tmp_path / "whole"), random.Random(0), 0, 0
-    assert {"final/adapter_model.safetensors", "best/adapter_model.safetensors", "samples.jsonl"} <= set(want[1])
-    while kills < 10:
-        folder = tmp_path / f"run-{runs}"
-        runs += 1
-        while True:
-            process, began = attempt(folder), time.time()
-            process.join(rng.uniform(.2 * took, took) if kills < 10 else None)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
-                continue
-            assert process.exitcode == 0
-            took = min(took, time.time() - began)  # the machine may have become faster
-            break
-        got = outcome(folder)
-        assert got[0] == want[0]
-        assert got[1].keys() == want[1].keys() and [k for k in want[1] if got[1][k] != want[1][k]] == []
+    data, held_out = save(PAIRS[:12], tmp_path / "data"), save(HELD_OUT[:2], tmp_path / "held_out")
+    want = kill_and_compare(_dpo, (data, held_out), tmp_path, kills=10)
+    assert "samples.jsonl" in want[1] and len(want[0]["train_history"]) == 6 and [r["step"] for r in want[0]["val_history"]] == [0, 3, 6]
 
 
 # --- two processes ---------------------------------------------------------------------------------
-def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch):
-    import test_resume
-    code = test_resume.TWO.replace("vlmcourse.sft", "vlmcourse.dpo")
-    monkeypatch.setattr(test_resume, "TWO", code)
-    monkeypatch.chdir(test_resume.Path(__file__).parents[1])
+def test_two_processes_give_the_numbers_of_one(tmp_path):
     data, held_out = save(PAIRS, tmp_path / "data"), save(HELD_OUT[:6], tmp_path / "held_out")
-    one, two = _launch(tmp_path / "one", data, held_out, 1, 6), _launch(tmp_path / "two", data, held_out, 2, 3)
+    code = """
+from vlmcourse.dpo import train
+train({!r}, {!r}, output_dir={!r}, max_steps=3, per_device_train_batch_size={}, eval_steps=2, device="cpu", plot=False)
+"""
+    one, two = (launch(code.format(str(data), str(held_out), str(tmp_path / name), size), tmp_path / name, n) for name, n, size in (("one", 1, 6), ("two", 2, 3)))
     for a, b in zip(one["train_history"], two["train_history"], strict=True):
         assert all(b[k] == pytest.approx(a[k], abs=2e-4) for k in ("step", "samples", "loss", "rewards/margins", "logps/chosen", "grad_norm"))
     for a, b in zip(one["val_history"], two["val_history"], strict=True):

@@ -184,3 +184,10 @@ def test_a_long_log_is_quick(tmp_path):
     log = EMPTY | dict(train_history=rows)
     t = time.process_time(); run_text(log); run_html(log); plot_run(log)
     assert time.process_time()-t < 20
+
+
+def test_one_legend_that_covers_no_curve():
+    rows = [dict(step=i, epoch=i/4, samples=i, loss=1/i, reward=i/9, kl=.1) for i in range(1, 9)]
+    figure = plot_run(EMPTY | dict(train_history=rows, val_history=[dict(step=4, epoch=1, samples=4, val_loss=.5)]))
+    assert len(figure.legends) == 1 and all(ax.get_legend() is None for ax in figure.axes)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"each step", "smoothed", "validation"}

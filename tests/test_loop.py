@@ -95,6 +95,27 @@ def test_every_row_once_an_epoch(n, size):
     assert count_steps(n, size, num_train_epochs=3) == 3*per
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_a_group_stay_together_in_an_order_that_changes(seed, tmp_path):
+    chance = random.Random(seed)
+    names = [chance.choice(["a", "b", "c", (1, 2), None]) for _ in range(40)]
+    orders = [epoch_order(40, epoch, seed, groups=names) for epoch in range(3)]
+    for order in orders:
+        met = [names[i] for i in order]
+        assert sorted(order) == list(range(40)) and sum(a != b for a, b in zip(met, met[1:])) == len(set(names))-1
+    assert orders[0] != orders[1] != orders[2] and orders[0] == epoch_order(40, 0, seed, groups=names)
+    assert epoch_order(40, 0, seed, groups=range(40)) == epoch_order(40, 0, seed), "a group for each row is no grouping"
+
+
+def test_fit_takes_the_rows_in_groups(tmp_path):
+    seen = []
+    def noting(rows):
+        seen.append([r["y"] for r in rows])
+        return collate(rows)
+    fit(make_net(), loss_fn, DATA, collate=noting, log=RunLog(tmp_path/"r", progress=False), per_device_train_batch_size=5, groups=[r["y"] for r in DATA])
+    assert len(seen) == 10 and sum(len(set(step)) > 1 for step in seen) <= 2, "kinds meet only where one ends and the next begins"
+
+
 @pytest.mark.parametrize("kwargs,steps,epoch", [
     (dict(), 7, 1.), (dict(num_train_epochs=.5), 4, .64), (dict(num_train_epochs=1.5), 11, 1.64), (dict(max_steps=3), 3, .48),
     (dict(max_steps=10, num_train_epochs=99), 10, 1.48), (dict(per_device_train_batch_size=100), 1, 1.),

@@ -248,6 +248,8 @@ def test_explorer():
     model = load_vlm("tiny", device="cpu")[0]
     before = base_hash(model)
     box = lora_explorer(model)
+    shown = box._repr_mimebundle_()  # a page without a kernel shows the sentence
+    assert "running notebook" in shown["text/html"] and "application/vnd.jupyter.widget-view+json" in shown
     for targets in TARGETS:
         box.children[2].value = targets
         cost = lora_cost(model, r=16, target_modules=TARGETS[targets])

@@ -537,3 +537,9 @@ def test_fingerprints(tmp_path):
     assert model_hash(str(tmp_path)) == model_hash("tiny")
     (tmp_path/"chat_template.jinja").write_text("other")
     assert model_hash(str(tmp_path)) != model_hash("tiny")
+
+
+def test_every_argument_of_the_command_is_explained():
+    from fastcore.docments import docments
+    said = docments(evaluate_file)
+    assert [name for name, text in said.items() if not text] == [] and "offline" in said["judge"]

@@ -1,13 +1,9 @@
 "Runs that are killed, stopped, starved of disk and shared by two processes: what comes out must be what an undisturbed run gives."
 import json
-import multiprocessing as mp
 import os
 import random
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ import torch
 from vlmcourse.loop import fit
 from vlmcourse.resume import Checkpoints, best_place, check_output, last_checkpoint, open_run, plateau_factor, replace_folder
 from vlmcourse.runlog import RunLog, read_log
+from kill import kill_and_compare, launch
 from test_loop import DATA, collate, loss_fn, losses, make_net
 
 SETTINGS = dict(learning_rate=.02, num_train_epochs=3, per_device_train_batch_size=4, eval_steps=7)
@@ -34,13 +31,6 @@ def run(folder, net=None, resume=None, loss_fn=loss_fn, keep=None, **kwargs):
 
 
 def same_weights(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-
-
-def outcome(folder):
-    "Everything that must not depend on kills."
-    log = {k: v for k, v in read_log(folder).items() if k in ("status", "train_history", "val_history", "best_checkpoint")}
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix == ".safetensors" or p.name == "samples.jsonl"}
-    return log, files
 
 
 # --- one step after another ----------------------------------------------------
@@ -185,52 +175,19 @@ def sft_data(tmp_path_factory):
 
 
 def test_sft_killed_at_twenty_random_moments_ends_the_same_bit_for_bit(tmp_path, sft_data):
-    context = mp.get_context("forkserver"); context.set_forkserver_preload(["vlmcourse.sft", "transformers", "peft"])
-    def attempt(folder):
-        process = context.Process(target=_sft, args=(folder, *sft_data)); process.start()
-        return process
-    whole = attempt(tmp_path/"whole"); whole.join()
-    assert whole.exitcode == 0
-    want, rng, kills, runs, took = outcome(tmp_path/"whole"), random.Random(0), 0, 0, None
-    assert {"final/adapter_model.safetensors", "best/adapter_model.safetensors", "samples.jsonl"} <= set(want[1])
-    while kills < 20:
-        folder = tmp_path/f"run-{runs}"; runs += 1
-        assert runs < 40, "the runs end before they can be killed"
-        while True:
-            began = time.time(); process = attempt(folder)
-            process.join(None if took is None or kills >= 20 else rng.uniform(.2*took, took))
-            if process.exitcode is None: process.kill(); process.join(); kills += 1; continue
-            assert process.exitcode == 0
-            took = time.time()-began
-            break
-        got = outcome(folder)
-        assert got[0] == want[0]
-        assert got[1].keys() == want[1].keys() and [k for k in want[1] if got[1][k] != want[1][k]] == []
+    want = kill_and_compare(_sft, sft_data, tmp_path, kills=20)
+    assert "samples.jsonl" in want[1] and len(want[0]["train_history"]) == 14
 
 
 # --- two processes -------------------------------------------------------------------------
 TWO = """
-import sys, json, torch
-sys.path.insert(0, {root!r})
-torch.set_num_threads(1)
-from pathlib import Path
 from vlmcourse.sft import train
-run = train({data!r}, {held_out!r}, output_dir={folder!r}, max_steps=5, per_device_train_batch_size={size}, eval_steps=2, device="cpu", plot=False)
-print("rank done", flush=True)
+train({!r}, {!r}, output_dir={!r}, max_steps=5, per_device_train_batch_size={}, eval_steps=2, device="cpu", plot=False)
 """
 
 
-def _launch(folder, data, held_out, processes, size):
-    code = folder.with_suffix(".py")
-    code.write_text(TWO.format(root=str(Path.cwd()), data=str(data), held_out=str(held_out), folder=str(folder), size=size))
-    words = [sys.executable, str(code)] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(code)]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_log(folder)
-
-
 def test_two_processes_give_the_numbers_of_one_with_twice_the_batch(tmp_path, sft_data):
-    one, two = _launch(tmp_path/"one", *sft_data, 1, 6), _launch(tmp_path/"two", *sft_data, 2, 3)
+    one, two = (launch(TWO.format(*map(str, (*sft_data, tmp_path/name)), size), tmp_path/name, n) for name, n, size in (("one", 1, 6), ("two", 2, 3)))
     for a, b in zip(one["train_history"], two["train_history"], strict=True):
         assert (a["step"], a["epoch"], a["samples"]) == (b["step"], b["epoch"], b["samples"])
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

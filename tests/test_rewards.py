@@ -60,6 +60,9 @@ def test_the_gold_answer_earns_everything():
     columns, gold = to_columns(detect), [r["answer"] for r in detect]
     for name in ("bbox", "category", "completeness", "f1", "box_format"):
         assert np.allclose(REWARDS[name](gold, **columns), 1), name
+    assert [R.reward_name(reward) for reward in REWARDS.values()] == list(REWARDS)
+    parts = call_rewards(["format", "box_format", "think_format"], gold, columns).parts  # no two have one name
+    assert parts == dict(format=[0.0] * 20, box_format=[1.0] * 20, think_format=[0.0] * 20)
     locate = make_records(10, ["locate"], seed=4)  # objects lists every vase; the answer is one box
     columns, gold = to_columns(locate), [r["answer"] for r in locate]
     assert np.allclose(make_bbox(truth="answer")(gold, **columns), 1)
@@ -429,7 +432,7 @@ def test_plugin_mistakes(plugin, tmp_path):
     (tmp_path/"text.txt").write_text("")
     with pytest.raises(ValueError, match="must be a Python file"):
         load_rewards(["x"], tmp_path/"text.txt")
-    for code, says in (("def f(:", "SyntaxError"), ("import nothing_like_it", "ModuleNotFoundError"), ("1/0", r"ZeroDivisionError.*bad.py, line 1"),
+    for code, says in (("def f(:", r"SyntaxError: [^()]* \(bad.py, line 1\)\.$"), ("import nothing_like_it", "ModuleNotFoundError"), ("1/0", r"ZeroDivisionError.*bad.py, line 1"),
                        ("raise SystemExit(3)", "SystemExit")):
         (tmp_path/"bad.py").write_text(code)
         before = set(sys.modules)

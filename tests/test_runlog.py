@@ -566,3 +566,10 @@ def test_asking_and_logging_cost_little(tmp_path):
     t = time.process_time()
     for i in range(1, 5001): row(log, i, lr=1e-3, reward=1., kl=.1); log.asked
     assert (time.process_time()-t)/5000 < 1e-3
+
+
+def test_every_argument_is_explained():
+    from fastcore.docments import docments
+    from vlmcourse import runlog
+    for name in ("tracker_tag", "status_line", "log_html", "epoch_table", "read_log"):
+        assert [k for k, text in docments(getattr(runlog, name)).items() if not text] == [], name

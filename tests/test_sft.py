@@ -4,13 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vlmcourse import sft
-from vlmcourse.museum import make_records, save_records
-from vlmcourse.sft import EncodedRecords, join, sft_loss, train
-from vlmcourse.vlm import encode, load_vlm
+from vlmcourse.formats import read_records
+from vlmcourse.loop import epoch_order
+from vlmcourse.lora import add_lora
+from vlmcourse.museum import ask_scene, make_record, make_records, make_scene, save_records
+from vlmcourse.prefix import FeatureCache
+from vlmcourse.sft import EncodedRecords, data_hash, join, join_shared, make_batch, sft_loss, train
+from vlmcourse.vlm import encode, load_vlm, set_gradient_checkpointing
 
 RECORDS = make_records(12, tasks=["workshop"], split="train", seed=0)
 HELD_OUT = make_records(6, tasks=["workshop"], split="test", seed=1)
@@ -215,6 +221,101 @@ def test_loss_equals_transformers_on_unequal_answers():
         (total, count), result = sft_loss(model, batch), model(**batch)
     assert count == int((batch["labels"] != -100).sum())
     assert float(total / count) == pytest.approx(float(result.loss), abs=1e-5)
+
+
+def test_from_the_command_line_with_held_out_records(elsewhere):
+    "Options as they are typed, in a process of its own."
+    data, held_out = (save_records(rows, elsewhere / name) for rows, name in ((RECORDS, "data"), (HELD_OUT, "held out")))
+    words = ["sft", data, "--val-data", held_out, "--output-dir", elsewhere / "r", "--max-steps", 2, "--eval-steps", 1, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "vlmcourse.cli", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = json.loads((elsewhere / "r/training_log.json").read_text())
+    assert [row["step"] for row in log["val_history"]] == [0, 1, 2] and log["config"]["val_data"] == str(held_out)
+    assert "held-out accuracy" in done.stdout
+
+
+def test_fingerprint_covers_all_that_trains_and_nothing_else(elsewhere):
+    record = dict(id="a", images=[RECORDS[0]["images"][0]], messages=RECORDS[0]["messages"], answer="Rhodes", answer_type="CLOSED",
+                  objects=[dict(bbox=[1, 2, 3, 4], label="kylix")], chosen="yes", rejected="no", meta=dict(task="workshop"))
+    known, wide = data_hash([record]), Image.new("RGB", (4, 2))
+    turns = [*record["messages"][:1], dict(role="assistant", content="No idea.")]
+    for change in (dict(answer="Samos"), dict(answer_type="OPEN"), dict(objects=[dict(bbox=[1, 2, 3, 5], label="kylix")]), dict(messages=turns),
+                   dict(images=[RECORDS[1]["images"][0]]), dict(rejected_images=[wide]), dict(chosen="no"), dict(weight=2), dict(meta=dict(task="card"))):
+        assert data_hash([{**record, **change}]) != known, change
+    assert data_hash([{**record, "id": "b", "meta": dict(task="workshop", file="elsewhere.json")}]) == known
+    assert data_hash([{**record, "images": [wide]}]) != data_hash([{**record, "images": [wide.transpose(Image.Transpose.ROTATE_90)]}])
+    one, two = (read_records(save_records(RECORDS[:2], elsewhere / name)) for name in "ab")  # the same files in another folder
+    assert data_hash(one) == data_hash(two) != data_hash(two[::-1])
+
+
+def questions(tasks, seeds):
+    "Records with several questions about each of some photos."
+    scenes, rng = {seed: [make_scene(seed, kind="portrait", defect="sharp")] for seed in seeds}, np.random.default_rng(0)
+    return [make_record(scenes[seed], task, *ask_scene(scenes[seed], task, rng), id=f"{seed}-{task}") for task in tasks for seed in seeds]
+
+
+@pytest.mark.parametrize("kind", ["packed", "checkpointing", "long"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-internvl"])
+def test_a_shared_picture_gives_the_same_loss_and_gradients(name, kind, monkeypatch):
+    "In double precision, with the norms of transformers kept from rounding to single; photos in any order, one of them alone, two in one record."
+    import transformers.models.qwen3.modeling_qwen3 as a
+    import transformers.models.qwen3_vl.modeling_qwen3_vl as b
+    norm = lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+    for norms in (a.Qwen3RMSNorm, b.Qwen3VLTextRMSNorm): monkeypatch.setattr(norms, "forward", norm)
+    model, processor = load_vlm(name, device="cpu")
+    torch.manual_seed(0)
+    model = add_lora(model).double().train()
+    for key, weight in model.named_parameters():
+        if "lora_B" in key: torch.nn.init.normal_(weight, std=.05)
+    set_gradient_checkpointing(model, kind == "checkpointing")
+    forms, logps = [], sft.completion_logps
+    monkeypatch.setattr(sft, "completion_logps", lambda *a, **k: (forms.append(k["form"]), logps(*a, **k))[1])
+    data = questions(["colour", "pattern", "caption"], [1, 2]) + questions(["view"], [3])
+    both = make_records(1, tasks=["same"], seed=0)[0]
+    data += [both, {**both, "messages": [both["messages"][0], dict(role="assistant", content="no")]}]
+    before = {**data[0], "messages": [dict(role="user", content="Look at this: <image> What is it?"), dict(role="assistant", content="A vase.")]}
+    items = EncodedRecords(processor, [*data, before], features=FeatureCache(model))
+    items = [items[i] for i in range(10)]
+    pad = processor.tokenizer.pad_token_id
+    batch, trained = make_batch(model, items, pad), [p for p in model.parameters() if p.requires_grad]
+    assert len(batch["prompts"]) == 5 and batch["owner"].tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 3, 4], "the text before a picture counts"
+    found = []
+    for each in (batch, join(items, pad)):
+        if kind == "long" and "owner" in each:  # as long as if the answers had 4096 tokens more
+            each = {name: torch.nn.functional.pad(x, (0, 4096)) if name in ("ids", "mask", "score") else x for name, x in each.items()}
+        total, count = sft_loss(model, each)
+        found.append((total.detach(), count, torch.autograd.grad(total, trained)))
+    (loss, n, grads), (full_loss, full_n, full_grads) = found
+    assert forms == ["auto" if kind == "long" else "packed"]
+    assert n == full_n and abs(loss - full_loss) < 1e-12 * full_loss
+    size = max(g.abs().max() for g in full_grads)
+    assert max((g - f).abs().max() for g, f in zip(grads, full_grads)) < 1e-12 * size
+
+
+def test_rows_are_shared_only_where_that_is_exact():
+    model, processor = load_vlm("tiny", device="cpu")
+    model, pad = add_lora(model).train(), processor.tokenizer.pad_token_id
+    data = questions(["colour", "view"], [1, 2])
+    keep = lambda records, model=model: [*map(EncodedRecords(processor, records, features=FeatureCache(model)).__getitem__, range(len(records)))]
+    assert "owner" in make_batch(model, keep(data), pad)
+    pixels = [*map(EncodedRecords(processor, data).__getitem__, range(4))]
+    text = dict(id="text", images=[], messages=[dict(role="user", content="Say three."), dict(role="assistant", content="three")])
+    for items in (keep(data[:2]), keep([*data, text]), pixels): assert "owner" not in make_batch(model, items, pad)
+    dropout = add_lora(load_vlm("tiny", device="cpu")[0], lora_dropout=.1).train()
+    assert join_shared(dropout, keep(data)) is None and join_shared(dropout.eval(), keep(data)) is not None
+
+
+def test_grouped_by_picture_every_record_once_and_together(elsewhere, monkeypatch):
+    data, seen = questions(["colour", "pattern", "view", "caption"], [1, 2, 3, 4]), []
+    monkeypatch.setattr(sft, "make_batch", lambda model, items, pad: (seen.append([i["input_ids"].shape for i in items]), make_batch(model, items, pad))[1])
+    options = dict(num_train_epochs=2, per_device_train_batch_size=8, plot=False, device="cpu")
+    grouped, shuffled = (train(data, output_dir=elsewhere / str(g), group_by_picture=g, **options) for g in (True, False))
+    assert [r["samples"] for r in grouped.log["train_history"]] == [8, 16, 24, 32] == [r["samples"] for r in shuffled.log["train_history"]]
+    assert grouped.log["config"]["group_by_picture"] is True and grouped.loss < grouped.log["train_history"][0]["loss"]
+    orders = [epoch_order(16, e, groups=[i % 4 for i in range(16)]) for e in range(3)]
+    for order in orders:
+        assert sorted(order) == [*range(16)] and all(len({i % 4 for i in order[k:k + 4]}) == 1 for k in range(0, 16, 4))
+    assert orders[0] != orders[1] != orders[2]
 
 
 def test_import_brings_no_heavy_library():

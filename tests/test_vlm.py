@@ -258,6 +258,7 @@ def test_a_picture_of_the_right_size_arrives_unchanged(vlm):
 def test_plots(vlm):
     import matplotlib
     matplotlib.use("agg")
+    import matplotlib.pyplot as plt
     model, processor = vlm
     ax = plot_image_tokens(processor, picture(0, (200, 50)))
     n = int(np.prod(image_grid(processor, picture(0, (200, 50)))))
@@ -265,6 +266,10 @@ def test_plots(vlm):
     pair = to_record("Same?", [picture(1), picture(2)], answer="no")
     shown = [text.get_text() for text in plot_prompt(processor, pair).texts]
     assert [str(i) for i in range(32)] == [text for text in shown if text.isdigit()] and shown[-1] == "<|im_end|>"
+    lines = len({text.get_position()[1] for text in plot_prompt(processor, pair).texts})
+    assert plt.gcf().get_figheight() < 0.3 * (lines + 1)  # no higher than its lines
+    ax = plt.subplots(figsize=(7, 3))[1]
+    assert plot_prompt(processor, pair, ax=ax) is ax and ax.figure.get_figheight() == 3
     many = to_record("Same?", [picture(i) for i in range(6)])
     shown = [text.get_text() for text in plot_prompt(processor, many).texts]
     assert "..." in shown and shown.count("95") == 1 and "40" not in shown

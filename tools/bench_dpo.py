@@ -4,7 +4,8 @@
 
 Both do the same work: forward pass of policy and reference on chosen and rejected answers, and the gradients of the adapter. Each runs in a process of its
 own (for its peak memory), and the processes take turns, so that a busy machine slows all of them alike. Ratios are of processor time, from the
-same round; min / median / max. The first line says that the losses agree.
+same round; min / median / max. The first line shows the losses;
+TRL's differs a little because it also counts the line break behind the end mark (see lesson 15).
 
 trl      TRL's DPOTrainer.compute_loss and backward on a batch made by its own collator; share: the same after `share(model)`
 new      lesson 15, pictures and pairs never seen before: features and reference are computed in the step

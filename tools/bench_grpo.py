@@ -8,6 +8,9 @@ them alike. Ratios are of processor time within the same round; min / median / m
 trl      GRPOTrainer as it is, without anything that it could leave out (no reference, no logging of completions)
 share    the same trainer on a model that went through `vlmcourse.prefix.share`
 own      the step of `vlmcourse.grpo`: pictures seen before; new: the same with pictures not seen before
+
+The last line says how much arithmetic a step of `own` is (torch's FlopCounterMode), and which share of the machine's limit it reaches: that of
+one large product of fp32 matrices on one thread, measured just before. With --profile, where the processor time of `own` goes.
 """
 import argparse
 import multiprocessing
@@ -82,17 +85,48 @@ def own_steps(model, processor, data, args, new):
     return found
 
 
+def gemm_limit():
+    "FLOP per second of processor time of one large fp32 product."
+    import torch
+    a, found = torch.randn(1024, 1024), []
+    for _ in range(6):
+        start = time.process_time()
+        a @ a
+        found.append(2 * 1024**3 / (time.process_time() - start))
+    return max(found)
+
+
+def work_of_a_step(model, processor, data, args):
+    "FLOP of one step of the lesson's own loop."
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        own_steps(model, processor, data, argparse.Namespace(**vars(args) | dict(reps=0)), True)
+    return counter.get_total_flops()
+
+
+def profile(model, processor, data, args):
+    "Print the 15 operations of `own` that take most processor time."
+    import torch
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        own_steps(model, processor, data, args, False)
+    print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
 def worker(queue, turn, way, args):
     warnings.filterwarnings("ignore")
     import torch
     torch.set_num_threads(1)
     model, processor = build(args.size)
     data = records(args.prompts, SIZES[args.size][-1] if SIZES[args.size] else 96, seed=0)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with turn:
         found = (own_steps(model, processor, data, args, way == "new") if way in ("own", "new")
                  else trl_steps(model, processor, data, args, way == "share"))
-    queue.put((way, found[1:], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1e6))
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+        more = (gemm_limit(), work_of_a_step(model, processor, data, args)) if way == "new" else None
+        if way == "own" and args.profile:
+            profile(model, processor, data, args)
+    queue.put((way, found[1:], peak, more))
 
 
 def main():
@@ -100,6 +134,7 @@ def main():
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     for name, default in (("prompts", 4), ("generations", 8), ("tokens", 32), ("reps", 5), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context, times, memory = multiprocessing.get_context("spawn"), {}, {}
@@ -108,8 +143,9 @@ def main():
         for way in WAYS:  # one after the other within a round; rounds repeat the order
             process = context.Process(target=worker, args=(queue, turn, way, args))
             process.start()
-            name, found, peak = queue.get(timeout=3600)
+            name, found, peak, more = queue.get(timeout=3600)
             process.join()
+            limit, flops = more or (0, 0)
             times.setdefault(name, []).append(statistics.median(found))
             memory[name] = max(memory.get(name, 0), peak)
     print(f"{args.size}: {args.prompts} questions × {args.generations} answers × {args.tokens} tokens, one thread, {args.rounds} rounds of {args.reps} steps")
@@ -117,6 +153,8 @@ def main():
         ratios = sorted(t / o for t, o in zip(times["trl"], times[way]))
         low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
         print(f"{way:6} {statistics.median(times[way]):7.3f} s a step   {low:5.2f} / {middle:5.2f} / {high:5.2f} times less than TRL   {memory[way]:6.2f} GB above loading")
+    rate = flops / statistics.median(times["new"])
+    print(f"a step of new: {flops / 1e9:.1f} GFLOP, {rate / 1e9:.1f} GFLOP/s; the limit of one core, {limit / 1e9:.0f} GFLOP/s, is reached to {rate / limit:.0%}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,14 @@ def _in_groups(rewards, group):
     if group < 2 or rewards.ndim != 1 or not len(rewards) or len(rewards) % group:
         raise ValueError(
             f"{tuple(rewards.shape)} rewards do not make groups of {group}. Give one "
-            " reward per answer, groups one after another, at least two in each.")
+            "reward per answer, groups one after another, at least two in each.")
     return rewards.view(-1, group)
+
+
+def _differ(x, dim=1):
+    "Where the values of a group are not all the same; NaNs aside."
+    best, worst = x.nan_to_num(-math.inf), x.nan_to_num(math.inf)
+    return best.amax(dim, keepdim=True) > worst.amin(dim, keepdim=True)
 
 
 def _spread(x, dim=None):
@@ -48,12 +54,11 @@ def group_advantages(
         raise ValueError(f"scale_rewards={scale_rewards!r} is not known. Use 'group' "
                          "(GRPO), 'batch', or 'none' (Dr.GRPO).")
     x = _in_groups(rewards, group)
-    best, worst = x.nan_to_num(-math.inf).amax(1), x.nan_to_num(math.inf).amin(1)
     centred = x - x.nanmean(1, keepdim=True)
     if scale_rewards != "none":
         spread = _spread(x, 1 if scale_rewards == "group" else None)
         centred = centred / (spread + SMALL)
-    return centred.where((best > worst)[:, None], 0.0).nan_to_num(0.0).flatten()
+    return centred.where(_differ(x), 0.0).nan_to_num(0.0).flatten()
 
 # %% ../nbs/16a_group.ipynb #75c7a284
 def no_signal_chance(
@@ -82,7 +87,8 @@ def leave_one_out(
     "Advantages of RLOO."
     x = _in_groups(rewards, group)
     others = (~x.isnan()).sum(1, keepdim=True) - 1
-    return (x - (x.nansum(1, keepdim=True) - x) / others).nan_to_num(0.0).flatten()
+    a = x - (x.nansum(1, keepdim=True) - x) / others
+    return a.where(_differ(x), 0.0).nan_to_num(0.0).flatten()
 
 # %% ../nbs/16a_group.ipynb #794662f7
 def separate_advantages(
@@ -92,10 +98,12 @@ def separate_advantages(
 ) -> torch.Tensor:  # [B·G]
     "Each reward normalised in its group, added up, then the batch normalised (GDPO)."
     x = parts.view(-1, group, parts.shape[-1])
+    signal = _differ(x).any(2).expand(x.shape[:2]).flatten()
     x = (x - x.nanmean(1, keepdim=True)) / (_spread(x, 1) + SMALL)
     total = (x.view(parts.shape) * torch.as_tensor(weights).to(x)).nansum(1)
     total = total.masked_fill(parts.isnan().all(1), math.nan)
-    return ((total - total.nanmean()) / (_spread(total) + SMALL)).nan_to_num(0.0)
+    a = (total - total.nanmean()) / (_spread(total) + SMALL)
+    return a.where(signal, 0.0).nan_to_num(0.0)
 
 # %% ../nbs/16a_group.ipynb #01e07de7
 def make_advantages(

@@ -24,26 +24,26 @@ from .formats import read_records, upright_size
 from .group import LOSS_TYPES, kl_k3, loss_weights, make_advantages
 from .group import policy_losses, ratio
 from .lora import count_trainable
-from .loop import Team, _progress, _Running, _set_rate, _validate, _where
-from .loop import count_steps, lr_factor, make_optimizer, step_rows, train_step
+from .loop import Running, Team, count_steps, lr_factor, make_optimizer
+from .loop import progress_at, run_validation, set_rate, step_rows
+from .loop import step_words, train_step
 from .prefix import FeatureCache, Prompts, adapter_off, base_of
 from .prefix import completion_logps, encode_prompts, prefill, sample_groups
-from .resume import check_output, of_all_processes, open_run
+from .resume import check_output, in_turns, of_all_processes, open_run
 from .rewards import _check_funcs, call_rewards, load_rewards, reward_name
 from .rewards import make_bbox, make_category, make_completeness
 from .rewards import make_f1, make_format, to_columns
 from .runlog import _keep_picture, epoch_table, read_log
-from .sft import PLATEAU, Run, _check_settings as _check_shared
-from .sft import _checkpoints, _in_turns, _scores_of, _step_of
-from .sft import _with_adapter, _with_question
-from .sft import data_hash, save_final, versions
+from .sft import PLATEAU, Run, check_settings, data_hash, make_checkpoints
+from .sft import run_scores, save_final, step_of, versions
+from .sft import with_adapter, with_question
 from .vlm import load_vlm, set_gradient_checkpointing
 
 # %% auto #0
 __all__ = ['SAMPLING', 'ADVANTAGE', 'LOSS', 'FAMILY_OF', 'Groups', 'sample_answers', 'reward_groups', 'answer_logps',
            'groups_loss', 'answer_seed', 'Sampler', 'with_signal', 'box_family', 'wants_boxes', 'box_rewards',
            'choose_rewards', 'Check', 'val_row', 'rollout_rows', 'write_rollouts', 'read_rollouts', 'show_rollouts',
-           'rollout_viewer', 'GrpoRun', 'train', 'epoch_losses']
+           'rollout_viewer', 'check_grpo', 'GrpoRun', 'train', 'read_weights', 'epoch_losses']
 
 # %% ../nbs/17_grpo.ipynb #b5490804
 @dataclass
@@ -89,8 +89,9 @@ def sample_answers(
                          max_new_tokens=max_completion_length, **how)
     lengths = made.mask.sum(1)
     ends = base_of(model).generation_config.eos_token_id
-    ends = torch.tensor(ends, device=made.ids.device).reshape(-1)
-    ended = torch.isin(made.ids.gather(1, lengths[:, None] - 1)[:, 0], ends)
+    ends = torch.tensor([] if ends is None else ends, device=made.ids.device)
+    last = made.ids.gather(1, lengths[:, None] - 1)[:, 0]
+    ended = torch.isin(last, ends.reshape(-1).long())
     rows = [row[:n] for row, n in zip(made.ids.tolist(), lengths.tolist())]
     texts = processor.batch_decode(rows, skip_special_tokens=True)
     found = made.ids, made.mask, ended, texts, made.logps
@@ -304,6 +305,21 @@ def with_signal(
     "Groups from which something can be learned."
     return groups.advantages.view(len(groups), -1).any(1).nonzero()[:, 0].tolist()
 
+
+@patch
+def first_with_signal(self: Sampler, pieces: list, room: int) -> tuple:
+    "This process's part of the first `room` groups with signal; how many all have."
+    live = [p.advantages.view(len(p), -1).any(1).tolist() for p in pieces]
+    flags, team = in_turns(of_all_processes(sum(live, []))), self.team
+    chosen = [place for place, flag in enumerate(flags) if flag][:room]
+    mine = {place // team.size for place in chosen if place % team.size == team.rank}
+    kept, before = [], 0
+    for piece in pieces:
+        keep = [i for i in range(len(piece)) if before + i in mine]
+        if keep: kept.append(_keep_some(piece, keep))
+        before += len(piece)
+    return kept, len(chosen)
+
 # %% ../nbs/17_grpo.ipynb #2cb67b8f
 @patch
 def __call__(self: Sampler, step: int, rows: list) -> tuple:
@@ -312,27 +328,18 @@ def __call__(self: Sampler, step: int, rows: list) -> tuple:
     found = [self.score(pieces)]
     if not self.s["dynamic_sampling"]: return pieces, _numbers(found, pieces, self)
     want, tried, kept = len(rows), list(pieces), []
-    for extra in range(self.s["dynamic_sampling"] + 1):
-        kept += [_keep_some(p, keep) for p in pieces if (keep := with_signal(p))]
-        have = sum(of_all_processes(sum(map(len, kept))))
-        if have >= want or extra == self.s["dynamic_sampling"]: break
+    have, rounds = 0, self.s["dynamic_sampling"]
+    for extra in range(rounds + 1):
+        some, n = self.first_with_signal(pieces, want - have)
+        kept, have = kept + some, have + n
+        if have == want or extra == rounds: break
         seed = answer_seed(self.s["seed"], step, -1 - extra)
         chance = torch.Generator().manual_seed(seed)
         more = torch.randint(len(self.records), (want,), generator=chance).tolist()
         pieces = self.sample(step, more, first=(extra + 1) * want)
         found.append(self.score(pieces))
         tried += pieces
-    kept = _cut(kept, math.ceil(want / self.team.size))
-    return kept or tried[:1], _numbers(found, tried, self)
-
-
-def _cut(pieces, n):
-    "The first n groups."
-    out = []
-    for piece in pieces:
-        if n > 0: out.append(piece if len(piece) <= n else _keep_some(piece, range(n)))
-        n -= len(piece)
-    return out
+    return kept if have else tried[:1], _numbers(found, tried, self)
 
 # %% ../nbs/17_grpo.ipynb #8953c6d4
 def _std(x):
@@ -348,8 +355,10 @@ def _numbers(found, pieces, sampler):
     both = [x for each in of_all_processes(mine) for x in each]
     one = lambda i: torch.tensor(sum((x[i] for x in both), [])).double()
     lengths, ended = one(0), one(1)
-    silent = ~a.view(-1, sampler.s["num_generations"]).any(1)
+    group = sampler.s["num_generations"]
+    silent, within = ~a.view(-1, group).any(1), map(_std, total.view(-1, group))
     row = dict(reward=total.nanmean().item(), reward_std=_std(total))
+    row["group_reward_std"] = sum(within) / len(silent)
     row["frac_reward_zero_std"] = silent.double().mean().item()
     for i, reward in enumerate(sampler.rewards):
         name, values = f"rewards/{reward_name(reward)}", parts[:, i]
@@ -427,7 +436,7 @@ class Check:
         "All answers of this process: rows for the log, and one record per question."
         sampler, s, team, rows = self.sampler, self.sampler.s, self.sampler.team, []
         how = dict(max_completion_length=s["max_completion_length"], num_generations=1)
-        if do_sample: how |= dict(temperature=s["temperature"], top_p=s["top_p"])
+        if do_sample: how |= {name: s[name] for name in SAMPLING[2:]}
         for k in range(0, len(self.part), self.size):
             some = self.part[k : k + self.size]
             places = [(k + i) * team.size + team.rank for i in range(len(some))]
@@ -436,7 +445,7 @@ class Check:
                 groups = sample_answers(sampler.model, sampler.processor, some,
                     cache=sampler.cache, do_sample=do_sample, seeds=seeds, **how)
             rows += self.score(groups)
-        return _in_turns(of_all_processes(rows))
+        return in_turns(of_all_processes(rows))
 
 # %% ../nbs/17_grpo.ipynb #f50b2462
 @patch
@@ -487,8 +496,8 @@ def val_row(
 def __call__(self: Check, model) -> dict:
     "A row of the validation history."
     rows, drawn = self.ask(False), self.ask(True)
-    kept = [_with_question(*pair) for pair in zip(rows, self.records)]
-    self.log.sample(_step_of(self.log), kept)
+    kept = [with_question(*pair) for pair in zip(rows, self.records)]
+    self.log.sample(step_of(self.log), kept)
     return val_row(rows, drawn)
 
 # %% ../nbs/17_grpo.ipynb #174ce29a
@@ -517,7 +526,7 @@ def rollout_rows(
     "Groups as they are kept for the viewer."
     rows = []
     for i, record in enumerate(groups.records[:limit]):
-        asked = _with_question({}, record)
+        asked = with_question({}, record)
         sizes = [list(upright_size(image)) for image in record["images"]]
         said = record.get("answer") or record["messages"][-1]["role"] == "assistant"
         rows.append(dict(id=str(record.get("id", i)), question=asked["question"],
@@ -669,7 +678,9 @@ def rollout_viewer(
     return widgets.VBox([widgets.HBox([step, place]), page])
 
 # %% ../nbs/17_grpo.ipynb #d1140a33
-def _check_own(s):
+def check_grpo(
+    s: dict,  # train's arguments
+) -> None:
     "Raise on the first setting of GRPO that cannot work."
     whole = lambda v, low: type(v) is int and v >= low
     number = lambda v: type(v) in (int, float) and math.isfinite(v)
@@ -713,13 +724,6 @@ def _check_together(s):
         raise ValueError("train: advantage='rloo' is not scaled; leave scale_rewards.")
 
 # %% ../nbs/17_grpo.ipynb #03beb649
-def _grpo_hash(records):
-    "A fingerprint of questions, pictures and what is right."
-    truth = [[r.get("answer"), r.get("objects")] for r in records]
-    text = data_hash(records) + json.dumps(truth, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _config(settings, records, held_out, model, rewards):
     "What the log keeps about the run."
     config = {"method": "grpo", **settings, "versions": versions()}
@@ -728,7 +732,7 @@ def _config(settings, records, held_out, model, rewards):
         is_path = isinstance(settings[name], (str, Path))
         count = None if found is None else f"list of {len(found)} records"
         config[name] = str(settings[name]) if is_path else count
-        config[f"{name}_hash"] = found and _grpo_hash(found)
+        config[f"{name}_hash"] = found and data_hash(found)
     lora = model.peft_config["default"]
     found = dict(lora_r=lora.r, lora_alpha=lora.lora_alpha)
     return config | found | count_trainable(model)
@@ -817,19 +821,22 @@ def train(
 ) -> GrpoRun:
     "Train a vision-language model on rewards with GRPO, with a LoRA adapter."
     settings = dict(locals())
-    _check_shared(settings), _check_own(settings)
+    check_settings(settings), check_grpo(settings)
     records = read_records(data, answers=False)
     held_out = None if val_data is None else read_records(val_data, answers=False)
     check_output(output_dir, resume_from_checkpoint)
     set_seed(seed)
     fresh = choose_rewards(rewards, records, external_plugins=external_plugins)
-    settings["reward_weights"] = _weights(reward_weights, fresh)
+    settings["reward_weights"] = read_weights(reward_weights, fresh)
     model, processor = load_vlm(model, device=device, quantize=quantize)
     return _run(model, processor, records, held_out, fresh, settings)
 
 # %% ../nbs/17_grpo.ipynb #4b9e3806
-def _weights(weights, rewards):
-    "Weights as numbers, one per reward; None stays None."
+def read_weights(
+    weights: str | list | None,  # one per reward, as "1,0.5"; None: all 1
+    rewards: list,  # reward functions
+) -> list | None:  # numbers; None stays None
+    "The weights of rewards, checked."
     if isinstance(weights, str):
         try: weights = [float(part) for part in weights.replace(",", " ").split()]
         except ValueError:
@@ -844,7 +851,7 @@ def _run(model, processor, records, held_out, rewards, s):
     again, family = hasattr(model, "peft_config"), box_family(model)
     options = dict(family=family, external_plugins=s["external_plugins"])
     rewards = choose_rewards(s["rewards"], records, **options)
-    model = _with_adapter(model, s["lora_r"], s["lora_alpha"])
+    model = with_adapter(model, s["lora_r"], s["lora_alpha"])
     set_gradient_checkpointing(model, s["gradient_checkpointing"])
     small = count_trainable(model)["total"] < 5e7
     s["learning_rate"] = s["learning_rate"] or (1e-3 if small else 1e-5)
@@ -857,7 +864,7 @@ def _run(model, processor, records, held_out, rewards, s):
     with open_run(s["output_dir"], config, **options) as log:
         _learn(sampler, held_out, log)
         save_final(model, log)
-    found, scores = read_log(log.output_dir), _scores_of(log)
+    found, scores = read_log(log.output_dir), run_scores(log)
     return GrpoRun(log.output_dir, model.eval(), processor, found, *scores)
 
 # %% ../nbs/17_grpo.ipynb #a1584758
@@ -891,7 +898,7 @@ class _Plan:
     def at(self, step):
         "Where the run is after a step."
         turns = math.ceil(step / self.times)
-        return _progress(turns, self.n, self.size) | dict(step=step)
+        return progress_at(turns, self.n, self.size) | dict(step=step)
 
 # %% ../nbs/17_grpo.ipynb #d50b39d3
 def _loss_numbers(more, s):
@@ -921,7 +928,7 @@ def _learn(sampler, held_out, log):
     "Sample, score, learn, and look after the run."
     s, model, team = sampler.s, sampler.model, sampler.team
     plan = _Plan(len(sampler.records), s, team)
-    keep = _checkpoints(log, held_out, s)
+    keep = make_checkpoints(log, held_out, s)
     if not held_out: keep.metric = None
     check = Check(sampler, held_out, log) if held_out else None
     optimizer = make_optimizer(model, learning_rate=s["learning_rate"])
@@ -930,10 +937,10 @@ def _learn(sampler, held_out, log):
         due = i in (0, plan.total) or _crossed(i, s["eval_steps"], before)
         if not check or not due: return True
         if i not in [row["step"] for row in log.val_history]:
-            _validate(model, check, log, plan.at(i))
+            run_validation(model, check, log, plan.at(i))
         return keep.after_validation(i, model, optimizer)
 
-    with _Running(model, log) as run:
+    with Running(model, log) as run:
         done, _ = keep.restore(model, optimizer)
         if not team.rank: _forget_rollouts(log.output_dir, done)
         going, turns = goes_on(done, done - plan.times), plan.rows(done)
@@ -967,8 +974,8 @@ def _turn(sampler, plan, rows, done, optimizer, keep, log):
         write_rollouts(log.output_dir, done + 1, kept, family=sampler.family)
     for step in range(done + 1, min(done + plan.times, plan.total) + 1):
         lr = plan.rate(step) * keep.rate_factor()
-        where = _where(step, rows, lr)
-        row = _take_step(sampler, pieces, _set_rate(optimizer, lr), where)
+        where = step_words(step, rows, lr)
+        row = _take_step(sampler, pieces, set_rate(optimizer, lr), where)
         log.train(**plan.at(step), lr=lr, **row, **found)
     return step
 

@@ -166,6 +166,10 @@ def plot_run(
     for ax in axes: ax.set_axis_off()
     for ax, metric in zip(axes, metrics):
         ax.set_axis_on(); plot_log(log, ax, metric=metric, epochs=epochs)
+    for ax in axes: # one legend for all, where it covers no curve
+        if ax.get_legend(): ax.get_legend().remove()
+    names = {k: v for ax in axes for v, k in zip(*ax.get_legend_handles_labels())}
+    if names: figure.legend(names.values(), names, loc="outside lower center", ncols=4)
     if not metrics: axes[0].text(.1, .5, "no rows yet")
     return figure
 

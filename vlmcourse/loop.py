@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'epoch_order', 'step_rows', 'count_steps', 'lr_factor', 'to_device', 'sum_gradients', 'train_step',
-           'make_optimizer', 'Team', 'fit']
+           'make_optimizer', 'Team', 'Running', 'run_validation', 'set_rate', 'progress_at', 'step_words', 'fit']
 
 # %% ../nbs/12_loop.ipynb #cf639471
 import math, os, signal, threading
@@ -18,18 +18,23 @@ from .core import set_seed
 def epoch_order(n:int, # number of rows of the data
                 epoch:int, # number of the epoch, from 0
                 seed:int=0, # same seed, same order
+                groups=None, # a name for each row: those of one group stay together; None: no groups
                )->list: # the numbers 0 to n-1, shuffled
     "The order of the data in an epoch."
     g = torch.Generator().manual_seed((seed*1_000_003+epoch)%2**63)
-    return torch.randperm(n,generator=g).tolist()
+    order = torch.randperm(n,generator=g).tolist()
+    if groups is None: return order
+    turn = {name:k for k,name in enumerate(dict.fromkeys(groups[i] for i in order))}
+    return sorted(order,key=lambda i: turn[groups[i]])
 
 def step_rows(n:int, # number of rows of the data
               size:int, # rows of one step; the last step of an epoch may have fewer
               seed:int=0, # same seed, same order
+              groups=None, # as in `epoch_order`
              ): # yields lists of row numbers, without end
     "The rows of step 1, of step 2 and so on, epoch after epoch."
     for epoch in count():
-        order = epoch_order(n,epoch,seed)
+        order = epoch_order(n,epoch,seed,groups)
         yield from (order[i:i+size] for i in range(0,n,size))
 
 # %% ../nbs/12_loop.ipynb #2eb836c7
@@ -175,9 +180,13 @@ class Team:
         for p,g in zip(params,flat.split([p.numel() for p in params])): p.grad = g.view_as(p).to(p.dtype)
 
 # %% ../nbs/12_loop.ipynb #035316ef
-class _Running:
+class Running:
     "A training under way: Ctrl-C waits for the end of a step, and each kind of end is put into the log."
-    def __init__(self, model, log): self.model,self.log,self.asked,self.in_step,self.old = model,log,False,False,None
+    def __init__(self,
+                 model, # is trained in the `with` block; its mode is put back at the end
+                 log, # the RunLog; it can ask for a pause or a stop
+                ):
+        self.model,self.log,self.asked,self.in_step,self.old = model,log,False,False,None
     def __enter__(self):
         self.was_training = self.model.training; self.model.train()
         if threading.current_thread() is threading.main_thread(): self.old = signal.signal(signal.SIGINT,self._press)
@@ -216,7 +225,11 @@ def _check_settings(n, s):
         "validations, but evaluate is missing. Give a function, or set eval_steps=0.")
 
 # %% ../nbs/12_loop.ipynb #4cbd1a4d
-def _validate(model, evaluate, log, at):
+def run_validation(model, # the model
+                   evaluate, # evaluate(model) -> dict of val_ metrics
+                   log, # the RunLog; it gets the metrics
+                   at, # from `progress_at`: where the run is
+                  )->None:
     "Run a validation and log it; the model's mode and torch's random numbers are put back."
     log.say("evaluating")
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type=="cuda"})
@@ -226,6 +239,30 @@ def _validate(model, evaluate, log, at):
     finally: model.train(was_training)
     log.val(**at,**metrics)
 
+def set_rate(optimizer, # any optimizer of torch
+             lr, # learning rate of the next step
+            ): # the same optimizer
+    "Set the learning rate of all weights."
+    for group in optimizer.param_groups: group["lr"] = lr
+    return optimizer
+
+def progress_at(step, # number of steps done
+                n, # rows of the data
+                size, # rows of one step
+               )->dict: # step, epoch, samples (rows seen so far)
+    "Where the run is after a step."
+    epochs,rest = divmod(step,math.ceil(n/size)); seen = epochs*n+min(rest*size,n)
+    return dict(step=step,epoch=round(seen/n,4),samples=seen)
+
+def step_words(step, # number of the step
+               rows, # numbers of its rows
+               lr, # its learning rate
+              )->str: # for error messages
+    "A step in words."
+    which = ", ".join(map(str,rows[:16])) + (" …" if len(rows)>16 else "")
+    return f"step {step} (rows {which} of data, learning rate {lr:.3g})"
+
+# %% ../nbs/12_loop.ipynb #eb013c2e
 def _pieces(data, rows, size, collate):
     "The rows of a step as batches of at most `size` records."
     return (collate([data[r] for r in rows[k:k+size]]) for k in range(0,len(rows),size))
@@ -234,20 +271,6 @@ def _means(rows):
     "The mean of each number over the rows that have it."
     found = {k:[r[k] for r in rows if k in r] for k in dict.fromkeys(k for r in rows for k in r)}
     return {k:sum(v)/len(v) for k,v in found.items()}
-
-def _set_rate(optimizer, lr):
-    for group in optimizer.param_groups: group["lr"] = lr
-    return optimizer
-
-def _progress(step, n, size):
-    "Where the run is after `step` steps of `size` of the `n` rows."
-    epochs,rest = divmod(step,math.ceil(n/size)); seen = epochs*n+min(rest*size,n)
-    return dict(step=step,epoch=round(seen/n,4),samples=seen)
-
-def _where(step, rows, lr):
-    "A step in words, for error messages."
-    which = ", ".join(map(str,rows[:16])) + (" …" if len(rows)>16 else "")
-    return f"step {step} (rows {which} of data, learning rate {lr:.3g})"
 
 # %% ../nbs/12_loop.ipynb #044ece85
 def fit(model, # any torch model; weights with requires_grad are trained, in place
@@ -269,6 +292,7 @@ def fit(model, # any torch model; weights with requires_grad are trained, in pla
         evaluate=None, # evaluate(model) -> dict of val_ metrics; run before, every eval_steps, and after
         eval_steps:int=0, # steps between two validations; 0: only before and after
         seed:int=0, # same seed, same run
+        groups=None, # a name for each row: rows of one group follow each other; None: all are shuffled
         bf16:bool=False, # multiply in bfloat16 where that is safe
         checkpoints=None, # a `Checkpoints` (lesson 12b_resume): keeps the state, knows the best; None: nothing is kept
        )->None:
@@ -282,21 +306,21 @@ def fit(model, # any torch model; weights with requires_grad are trained, in pla
     def goes_on(i):
         "Validate when it is time, once; False when the validations say that it is enough."
         if not evaluate or not (i in (0,total) or eval_steps and i%eval_steps==0): return True
-        if i not in [r["step"] for r in log.val_history]: _validate(model,evaluate,log,_progress(i,n,size))
+        if i not in [r["step"] for r in log.val_history]: run_validation(model,evaluate,log,progress_at(i,n,size))
         return not keep or keep.after_validation(i,model,opt,recent)
-    with _Running(model,log) as run:
+    with Running(model,log) as run:
         if keep: done,recent = keep.restore(model,opt)
         going = goes_on(done); log.start(total)
-        for i,rows in islice(zip(range(1,total+1),step_rows(n,size,seed)),done,None):
+        for i,rows in islice(zip(range(1,total+1),step_rows(n,size,seed,groups)),done,None):
             if not going: break
             run.in_step = True
             lr = learning_rate*lr_factor(i-1,total,warmup,lr_scheduler_type)*(keep.rate_factor() if keep else 1)
             pieces = _pieces(data,rows[team.rank::team.size],per_device_train_batch_size,collate)
-            loss,norm,_,more = train_step(model,loss_fn,pieces,optimizer=_set_rate(opt,lr),max_grad_norm=max_grad_norm,
-                                     where=_where(i,rows,lr),bf16=bf16,team=team)
+            loss,norm,_,more = train_step(model,loss_fn,pieces,optimizer=set_rate(opt,lr),max_grad_norm=max_grad_norm,
+                                     where=step_words(i,rows,lr),bf16=bf16,team=team)
             recent.append(dict(loss=loss)|more)
             if i%logging_steps==0 or i==total:
-                log.train(**_progress(i,n,size),**_means(recent),lr=lr,grad_norm=norm); recent = []
+                log.train(**progress_at(i,n,size),**_means(recent),lr=lr,grad_norm=norm); recent = []
             stop = any(team.add(run.wait()))
             if keep and (stop or keep.due(i)): keep.save(i,model,opt,recent)
             run.in_step = False

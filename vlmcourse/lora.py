@@ -411,9 +411,10 @@ def plot_lora(
     look = dict(color="#e08a3c", hatch="//")
     bars = axes[0].barh(names, small, height=0.4, label="LoRA", **look)
     axes[0].bar_label(bars, fmt=" %.2f MB")
-    axes[0].set(xscale="log", xlim=(1e-3, None), xlabel="MB, float32")
+    axes[0].set(xscale="log", xlim=(1e-3, 5e3))
+    axes[0].set_xlabel("MB in float32, log scale")
     axes[0].set_title(f"{cost['trainable']:,} numbers train ({cost['percent']:.1f} %)")
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[0].legend(loc="center right", fontsize=8)
     old, _, inputs, targets = make_rank_task()
     curve = train_low_rank(old, inputs, targets, r=r, alpha=lora_alpha, steps=200)[1]
     axes[1].axhline(curve[0], color="0.5", ls="--", label="no adapter")
@@ -459,7 +460,12 @@ def lora_explorer(
         plt.show()
 
     picture = widgets.interactive_output(draw, controls)
-    return widgets.VBox([*controls.values(), call, picture])
+    box = widgets.VBox([*controls.values(), call, picture])
+    live = box._repr_mimebundle_
+    note = "Controls for rank, alpha, targets and tower; they need a running notebook."
+    saved = {"text/plain": note, "text/html": f"<i>{note}</i>"}  # without a kernel
+    box._repr_mimebundle_ = lambda **options: live(**options) | saved
+    return box
 
 # %% ../nbs/08_lora.ipynb #6bb51b56
 def activation_bytes(

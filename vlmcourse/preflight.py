@@ -202,7 +202,7 @@ def memory_bytes(
     tokens: int,  # T
     answer_tokens: int,  # tokens with loss in a record
     weight_bytes: float = 4,  # per weight that is not trained
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False,  # keep a layer's inputs, compute it again
 ) -> dict:  # bytes of weights, gradients, optimizer, activations
     "What a training holds in memory."
     counts = count_trainable(ghost)

@@ -721,8 +721,7 @@ def evaluate_file(
     adapter: str | None = None,  # "final", "best" or a folder; None: what is there
     images: str | None = None,  # folder of the pictures; None: the folder of data
     output: str = "evaluation.json",  # the result; an interrupted one is continued
-    judge: str
-    | None = None,  # None: compare texts; "offline", "deepseek", … or a Judge
+    judge: str | None = None,  # None: compare texts; "offline", "deepseek", …, a Judge
     judge_model: str | None = None,  # the judge's model; needed with an address
     encoder: str | None = None,  # model for BERTScore; None: the one that comes along
     instruction: str | None = None,  # a sentence added to every question

@@ -21,7 +21,7 @@ from .runlog import RunLog, clean_config, read_log
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'save_trained', 'load_trained', 'last_checkpoint', 'best_place', 'plateau_factor', 'Checkpoints',
-           'of_all_processes', 'replace_folder', 'check_output', 'open_run']
+           'of_all_processes', 'in_turns', 'replace_folder', 'check_output', 'open_run']
 
 # %% ../nbs/12b_resume.ipynb #abde102b
 def _pack(state):
@@ -178,6 +178,14 @@ def of_all_processes(
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+def in_turns(
+    parts: list,  # from `of_all_processes`: the rows of each process
+) -> list:  # all rows in their old order
+    "Rows that were dealt out to processes like cards."
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
 def _write_checkpoint(self, folder, step, model, optimizer, recent, chance):

@@ -708,7 +708,8 @@ def call_rewards(
 REWARDS = {reward_name(reward): reward for reward in (exact_reward, number_reward,
     choice_reward, yes_no_reward, format_reward, bbox_reward, category_reward,
     completeness_reward, f1_reward, repetition_reward)}
-REWARDS |= dict(think_format=make_format("think"), box_format=make_format("boxes"),
+REWARDS |= dict(think_format=make_format("think", name="think_format_reward"),
+    box_format=make_format("boxes", name="box_format_reward"),
     number_near=make_number(near=2, name="number_near_reward"),
     similarity=make_similarity())
 
@@ -757,8 +758,9 @@ def _load_plugin(path):
         del sys.modules[spec.name]
         line = getattr(error, "lineno", None)
         place = f"{path.name}, line {line}" if line else _where(error, None)
+        said = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"external_plugins: {path} cannot be loaded: "
-            f"{type(error).__name__}: {error} ({place}).") from error
+            f"{type(error).__name__}: {said} ({place}).") from error
     return module
 
 def _own(module):

@@ -119,9 +119,7 @@ def _mean_std(values):
 # %% ../nbs/10_runlog.ipynb #33c402bf
 def epoch_table(
     rows: list,  # rows of train_history or of val_history
-) -> (
-    list
-):  # a dict per epoch: epoch, rows, first_step, last_step, samples, <metric>_mean, _std
+) -> list:  # epoch, rows, first_step, last_step, samples, <metric>_mean, _std
     "Mean and standard deviation of every metric in every epoch."
     groups, table = {}, []
     for row in rows:
@@ -620,7 +618,9 @@ _tag_names = {
 }
 
 
-def tracker_tag(name: str) -> str:  # a metric's name in the log  # its name on a board
+def tracker_tag(
+    name: str,  # a metric's name in the log
+) -> str:  # its name on a board
     "The name of a metric in TensorBoard, W&B and trackio."
     side, key = ("Val", name[4:]) if name.startswith("val_") else ("Train", name)
     word = lambda m: m[0].upper()
@@ -1085,7 +1085,9 @@ def _gain(train, key="loss"):
     return f"{key} {_short(vs[0])} → {_short(smooth(vs,_weight(len(vs)))[-1])}"
 
 # %% ../nbs/10_runlog.ipynb #e90a28c4
-def status_line(log: RunLog) -> str:  # a run  # text
+def status_line(
+    log: RunLog,  # a run
+) -> str:  # one line of text
     "How far a run is, in one line."
     rows, total = log.train_history, log.total_steps
     step, loss = (rows[-1]["step"], _short(rows[-1]["loss"])) if rows else (0, "?")
@@ -1109,7 +1111,8 @@ def status_line(log: RunLog) -> str:  # a run  # text
 
 # %% ../nbs/10_runlog.ipynb #ae154287
 def log_html(
-    log: RunLog, plot: bool = True  # a run  # with the curve
+    log: RunLog,  # a run
+    plot: bool = True,  # with the curve
 ) -> str:  # HTML text
     "A frame of the live picture: line of text, progress bar, curves."
     step = log.train_history[-1]["step"] if log.train_history else 0
@@ -1429,9 +1432,7 @@ def _log_file(path):
 
 # %% ../nbs/10_runlog.ipynb #f731ef71
 def read_log(
-    path: (
-        str | Path
-    ),  # folder of a run or a log file; also of transformers, TRL, ms-swift, …
+    path: str | Path,  # folder of a run or a log file; also of TRL, ms-swift and others
 ) -> dict:  # status, config, train_history, val_history, best_checkpoint
     "Read the record of a run; it may still be running."
     path = _log_file(Path(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from . import __version__
 from .core import set_seed
@@ -22,16 +23,13 @@ from .evaluate import Scores, evaluate
 from .formats import IMAGE_MARK, read_records
 from .lora import add_lora, count_trainable, quiet_peft, save_adapter
 from .loop import SCHEDULES, Team, fit
-from vlmcourse.prefix import (
-    FAMILIES,
-    FeatureCache,
-    as_features,
-    base_of,
-    picture_features,
-)
+from .prefix import (
+    FAMILIES, FeatureCache, Prompts, _picture_key, as_features, base_of,
+    completion_logps, make_prompt, picture_features, sharing_problems)
 from vlmcourse.resume import (
     Checkpoints,
     check_output,
+    in_turns,
     of_all_processes,
     open_run,
     replace_folder,
@@ -41,8 +39,9 @@ from .vlm import encode, load_vlm, set_gradient_checkpointing, to_device
 
 # %% auto #0
 __all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'KEEP_SETTINGS', 'PLATEAU', 'SFT_SCHEDULES', 'token_loss', 'answer_loss', 'token_jobs',
-           'show_labels', 'sft_loss', 'Features', 'EncodedRecords', 'join', 'data_hash', 'versions', 'validation_loss',
-           'val_metrics', 'Run', 'train', 'save_final']
+           'show_labels', 'sft_loss', 'Features', 'EncodedRecords', 'join', 'join_shared', 'make_batch',
+           'check_settings', 'data_hash', 'versions', 'validation_loss', 'val_metrics', 'Run', 'train', 'with_adapter',
+           'save_final', 'make_checkpoints', 'with_question', 'step_of', 'run_scores']
 
 # %% ../nbs/14_sft.ipynb #ac7cf52c
 def token_loss(
@@ -50,7 +49,8 @@ def token_loss(
     targets: torch.Tensor,  # the token that should come [B, T]; -100: no loss here
 ) -> torch.Tensor:  # one number
     "Mean of -log(probability) of the targets."
-    return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    wide = torch.promote_types(logits.dtype, torch.float32)  # half precision is too coarse
+    return cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten())
 
 
 def answer_loss(
@@ -117,9 +117,11 @@ def show_labels(
 # %% ../nbs/14_sft.ipynb #20e0ebe8
 def sft_loss(
     model,  # a vision-language model
-    batch,  # from `encode`, with labels
+    batch,  # from `encode`, with labels; or from `make_batch`
 ) -> tuple:  # (sum of the losses, number of answer tokens)
     "The SFT loss; scores are computed only where an answer token follows."
+    if "owner" in batch:  # several questions about one picture, see below
+        return _shared_loss(model, batch)
     targets = batch["labels"][:, 1:]
     keep = (targets != -100).any(0).nonzero()[:, 0]  # [K] positions
     rest = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -144,7 +146,7 @@ class Features:
     def nbytes(self):
         return sum(t.nbytes for p in self.pictures for t in [p.tokens, *p.deep])
 
-
+# %% ../nbs/14_sft.ipynb #566c7c1e
 class EncodedRecords:
     "Records that are encoded when first asked for and then kept."
 
@@ -195,6 +197,57 @@ def join(
         joined[name] = torch.cat(parts)
     return type(items[0])(joined)
 
+# %% ../nbs/14_sft.ipynb #0456fe83
+def _beginning(item, image_token):
+    "The tokens of an encoded record [1,T] up to its last picture, and the pictures."
+    ids = item["input_ids"][0]
+    end = int((ids == image_token).nonzero()[-1]) + 1
+    return tuple(ids[:end].tolist()), tuple(p.key for p in item["pictures"].pictures)
+
+
+def join_shared(
+    model,  # the model that is trained
+    items: list,  # from `EncodedRecords` with features
+) -> dict | None:  # a batch for `sft_loss`; None: no beginning stands there twice
+    "Put encoded records together; a beginning that several have stands there once."
+    base = base_of(model)
+    if not all("pictures" in item for item in items):
+        return None
+    names = [_beginning(item, base.config.image_token_id) for item in items]
+    found = {name: item["pictures"].pictures for name, item in zip(names, items)}
+    if len(found) == len(items) or sharing_problems(model, packed=True):
+        return None
+    here, order = dict(device=base.device), list(found)
+    prompts = [make_prompt(base.model, torch.tensor(ids, **here), found[ids, keys])
+               for ids, keys in order]
+    tails = {name: [item[name][0, len(ids):].to(base.device)
+                    for item, (ids, _) in zip(items, names)]
+             for name in ("input_ids", "attention_mask", "labels")}
+    fill = lambda name, value: pad_sequence(tails[name], True, value)
+    return dict(prompts=Prompts(prompts), ids=fill("input_ids", 0),
+                mask=fill("attention_mask", 0), score=fill("labels", -100) != -100,
+                owner=torch.tensor([order.index(name) for name in names], **here))
+
+# %% ../nbs/14_sft.ipynb #5654c8d3
+def _shared_loss(model, batch):
+    "The SFT loss of a batch from `join_shared`."
+    rows = [batch[name] for name in ("prompts", "ids", "mask")]
+    which = dict(owner=batch["owner"], score=batch["score"])
+    long = batch["prompts"].ids.shape[1] + batch["ids"].numel()  # or less, tokens
+    which["form"] = "packed" if long <= 4096 else "auto"  # see 12a_prefix
+    logps, _ = completion_logps(model, *rows, **which)
+    return -logps.sum(), int(batch["score"].sum())
+
+
+def make_batch(
+    model,  # the model that is trained
+    items: list,  # from `EncodedRecords`, each a batch of one
+    pad_token_id: int,  # fills short texts
+):  # a batch for `sft_loss`, on the model's device
+    "Join records; what several begin with is computed once where that is exact."
+    shared = join_shared(model, items)
+    return to_device(join(items, pad_token_id), model) if shared is None else shared
+
 # %% ../nbs/14_sft.ipynb #2b280b8e
 LOOP_SETTINGS = (
     "num_train_epochs max_steps per_device_train_batch_size lr_scheduler_type seed bf16 "
@@ -213,10 +266,12 @@ def _above_zero(value):
     return type(value) in (int, float) and 0 < value < float("inf")
 
 # %% ../nbs/14_sft.ipynb #259ec1a0
-def _check_settings(s):
-    "Raise on the first setting that cannot work; `s` holds train's arguments."
+def check_settings(
+    s: dict,  # train's arguments
+) -> None:
+    "Raise on the first setting that cannot work."
     whole = lambda value, low: type(value) is int and value >= low
-    number = lambda value: type(value) in (int, float)
+    switch, number = (lambda v: type(v) is bool), (lambda v: type(v) in (int, float))
     batch, every = s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
     rate, warmup, steps = s["learning_rate"], s["warmup_ratio"], s["max_steps"]
     patience, plateau = s["early_stopping_patience"], s["lr_scheduler_type"] == PLATEAU
@@ -234,8 +289,9 @@ def _check_settings(s):
         save_steps=(whole(s["save_steps"], 0), "0 (off) or a number of steps"),
         save_total_limit=(whole(s["save_total_limit"], 1), count),
         early_stopping_patience=(whole(patience, 0), "0 (off) or a number of validations"),
-        bf16=(type(s["bf16"]) is bool, "True or False"),
-        resume_from_checkpoint=(type(s["resume_from_checkpoint"]) is bool, "True or False"),
+        bf16=(switch(s["bf16"]), "True or False"),
+        group_by_picture=(switch(s.get("group_by_picture", False)), "True or False"),
+        resume_from_checkpoint=(switch(s["resume_from_checkpoint"]), "True or False"),
         plot=(s["plot"] in ("auto", True, False), "'auto', True or False"),
     )
     for name, (fine, allowed) in rules.items():
@@ -244,8 +300,7 @@ def _check_settings(s):
     if s["eval_steps"] and s["val_data"] is None:
         raise ValueError(
             f"train: eval_steps={s['eval_steps']} asks for validation, and val_data is "
-            "not given. Give held-out records in val_data, or set eval_steps=0."
-        )
+            "not given. Give held-out records in val_data, or set eval_steps=0.")
     if (patience or plateau) and not s["eval_steps"]:
         what = f"lr_scheduler_type={PLATEAU!r}" if plateau else f"early_stopping_patience={patience}"
         raise ValueError(f"train: {what} goes by validations during training; give "
@@ -255,13 +310,17 @@ def _check_settings(s):
 def data_hash(
     records: list,  # records with pictures or paths of pictures
 ) -> str:  # 16 hexadecimal digits
-    "A fingerprint of the texts and pictures of a data set."
-    digest = hashlib.sha256()
+    "A fingerprint of all of a data set that a training may use: not names, not notes."
+    digest, pictures = hashlib.sha256(), ("images", "rejected_images")
     for record in records:
-        digest.update(json.dumps(record["messages"], sort_keys=True).encode())
-        for image in record["images"]:
-            is_path = isinstance(image, (str, Path))
-            digest.update(Path(image).read_bytes() if is_path else image.tobytes())
+        known = {k: v for k, v in record.items() if k not in ("id", "meta", *pictures)}
+        known["task"] = (record.get("meta") or {}).get("task")
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+        for image in [image for name in pictures for image in record.get(name) or []]:
+            if isinstance(image, (str, Path)):
+                digest.update(hashlib.sha256(Path(image).read_bytes()).digest())
+            else:
+                digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -287,8 +346,7 @@ def validation_loss(
     with torch.no_grad():
         for start in range(0, len(items), batch_size):
             part = [items[i] for i in range(start, min(start + batch_size, len(items)))]
-            batch = to_device(join(part, pad), model)
-            loss, n = sft_loss(model, batch)
+            loss, n = sft_loss(model, make_batch(model, part, pad))
             total, count = total + loss.item(), count + n
     model.train(was)
     total, count = (team or Team()).add(total, count)
@@ -334,7 +392,7 @@ class Run:
 # %% ../nbs/14_sft.ipynb #47edf181
 def train(
     data,  # records to learn from: a .json or .jsonl file, or a list
-    val_data=None,  # held-out records, scored before and after; None: no scores
+    val_data: str | list | None = None,  # held-out records, scored before and after
     *,
     model: str = "tiny",  # "tiny", a model folder, a hub name, or the folder of a run
     output_dir: str | Path | None = None,  # folder of the run; None: runs/sft-001, …
@@ -358,6 +416,7 @@ def train(
     bf16: bool = False,  # multiply in bfloat16
     quantize: str | None = None,  # "4bit" or "8bit" for the frozen weights; None: off
     gradient_checkpointing: bool = False,  # less memory, more time
+    group_by_picture: bool = False,  # questions about one picture together: faster
     seed: int = 0,  # the same seed gives the same run
     device: str | None = None,  # "cpu", "cuda", "mps"; None: the best there is
     report_to: str = "none",  # also to "tensorboard", "wandb" or "trackio"
@@ -365,13 +424,13 @@ def train(
 ) -> Run:
     "Fine-tune a vision-language model on answers, with a LoRA adapter."
     settings = dict(locals())
-    _check_settings(settings)
+    check_settings(settings)
     records = read_records(data)
     held_out = None if val_data is None else read_records(val_data)
     check_output(output_dir, resume_from_checkpoint)
     set_seed(seed)
     model, processor = load_vlm(model, device=device, quantize=quantize)
-    model = _with_adapter(model, lora_r, lora_alpha)
+    model = with_adapter(model, lora_r, lora_alpha)
     set_gradient_checkpointing(model, gradient_checkpointing)
     settings["learning_rate"] = learning_rate or _usual_rate(model)
     config = _config(settings, records, held_out, model)
@@ -383,8 +442,12 @@ def train(
     return Run(log.output_dir, model.eval(), processor, read_log(log.output_dir), *scores)
 
 # %% ../nbs/14_sft.ipynb #301f5f07
-def _with_adapter(model, r, alpha):
-    "The model with an adapter that trains."
+def with_adapter(
+    model,  # a model; an adapter that it already carries is trained on
+    r: int,  # rank of a new adapter
+    alpha: float,  # its scale
+):  # the model with an adapter that trains
+    "Give a model an adapter to train."
     if not hasattr(model, "peft_config"):
         return add_lora(model, r=r, lora_alpha=alpha)
     for name, p in model.named_parameters():
@@ -426,7 +489,11 @@ def save_final(
         figure.savefig(log.output_dir / "loss.png")
 
 # %% ../nbs/14_sft.ipynb #30843551
-def _checkpoints(log, held_out, s):
+def make_checkpoints(
+    log,  # the RunLog of the run
+    held_out: list | None,  # records of the validation
+    s: dict,  # train's arguments; those in KEEP_SETTINGS count
+) -> Checkpoints:
     "What is kept; the best is the most accurate version where that can be counted."
     options = {name: s[name] for name in KEEP_SETTINGS}
     closed = any(r.get("answer_type", "CLOSED") != "OPEN" for r in held_out or [])
@@ -450,26 +517,27 @@ def _feature_cache(model):
     return cache if cache.stamp() else None
 
 
-def _in_turns(parts):
-    "Rows that were dealt out to processes like cards, in their old order."
-    longest = max(map(len, parts))
-    return [part[i] for i in range(longest) for part in parts if i < len(part)]
-
-
-def _with_question(row, record):
-    "A row of scores with what was asked, for the samples."
+def with_question(
+    row: dict,  # a row of scores
+    record: dict,  # the record it belongs to
+) -> dict:  # for the samples
+    "A row of scores with what was asked."
     asked = next(m["content"] for m in record["messages"] if m["role"] == "user")
     asked = asked.replace(IMAGE_MARK, "").strip()
     return {**row, "question": asked, "images": record["images"]}
 
 
-def _step_of(log):
+def step_of(
+    log,  # the RunLog of a run under way
+) -> int:  # 0 before the first step
     "The step of the validation that is going on."
     return log.train_history[-1]["step"] if log.train_history else 0
 
 
-def _scores_of(log):
-    "The scores before and after, from the run's own samples; None where there are none."
+def run_scores(
+    log,  # the RunLog of a run
+) -> list:  # two `Scores`: before, after; None where there are none
+    "The scores of a run, from its own samples."
     if Team().rank:
         return [None, None]
     steps = [row["step"] for row in log.val_history]
@@ -487,17 +555,18 @@ def _learn(model, processor, records, held_out, log, settings):
 
     def score(model):
         rows = evaluate(model, processor, part, progress=False).rows if part else []
-        rows = _in_turns(of_all_processes(rows))
-        log.sample(_step_of(log), [_with_question(*pair) for pair in zip(rows, held_out)])
+        rows = in_turns(of_all_processes(rows))
+        log.sample(step_of(log), [with_question(*pair) for pair in zip(rows, held_out)])
         return val_metrics(Scores(rows), validation_loss(model, check, team=team))
 
-    def collate(batch):
-        return to_device(join(batch, pad), model)
-
     options = {name: settings[name] for name in LOOP_SETTINGS}
-    options |= dict(collate=collate, log=log, evaluate=score if held_out else None)
-    options |= dict(checkpoints=_checkpoints(log, held_out, settings))
+    options |= dict(collate=lambda batch: make_batch(model, batch, pad), log=log)
+    options |= dict(evaluate=score if held_out else None)
+    if settings["group_by_picture"]:
+        options["groups"] = [tuple(map(_picture_key, r["images"])) or i
+                             for i, r in enumerate(records)]
+    options |= dict(checkpoints=make_checkpoints(log, held_out, settings))
     if settings["lr_scheduler_type"] == PLATEAU:
         options["lr_scheduler_type"] = "constant_with_warmup"
     fit(model, sft_loss, items, **options)
-    return _scores_of(log)
+    return run_scores(log)

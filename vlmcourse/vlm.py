@@ -241,7 +241,9 @@ def plot_prompt(
     "A prompt as a strip of tokens: marks, picture, question, answer."
     import matplotlib.pyplot as plt
     colours = {"image": "#9ecae1", "mark": "#d9d9d9", "text": "#fff7bc", "answer": "#a1d99b"}
+    own = ax is None
     ax = ax or plt.subplots(figsize=(9, 2.4))[1]
+    if own: ax.figure.subplots_adjust(0, 0, 1, 1)
     size, x, y = 7, 0, 0 # points; characters; lines
     line = ax.get_window_extent().width * 72 / ax.figure.dpi / size / .602 # characters
     for text, kind in _short_strip(prompt_tokens(processor, record)):
@@ -252,6 +254,7 @@ def plot_prompt(
         x += len(text) + 1.1
     ax.set(xlim=(0, line), ylim=(y - .8, .8))
     ax.axis("off")
+    if own: ax.figure.set_size_inches(9, .26 * (1.6 - y)) # as high as its lines
     return ax
 
 def _short_strip(tokens):
@@ -275,7 +278,9 @@ def to_device(
 
 # %% ../nbs/06_vlm.ipynb #c57a7e55
 @contextlib.contextmanager
-def answering(model):
+def answering(
+    model, # a loaded model
+):
     "Inside: no gradients, no dropout, no notes on the screen; training goes on after it."
     was = model.training
     model.eval()
