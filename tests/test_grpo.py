@@ -321,7 +321,7 @@ def test_one_argument_is_enough_and_the_log_has_trls_names(data, tmp_path):
     names = """step epoch samples loss lr grad_norm ppo_loss entropy reward reward_std group_reward_std frac_reward_zero_std rewards/exact/mean rewards/exact/std adv_std adv_max
         clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean completions/mean_length completions/min_length completions/max_length completions/clipped_ratio""".split()
     assert set(row) == set(names)
-    assert run.log["config"]["rewards"] == ["exact"] and run.log["config"]["method"] == "grpo" and run.log["config"]["data_hash"]
+    assert run.log["config"]["reward_funcs"] == ["exact"] and run.log["config"]["method"] == "grpo" and run.log["config"]["data_hash"]
 
 
 def test_validation_best_and_samples(data, tmp_path):
@@ -342,7 +342,7 @@ def test_boxes_have_their_parts(tmp_path):
     records = make_records(6, ["detect"], split="train", seed=0)
     assert all(map(wants_boxes, records)) and not any(map(wants_boxes, make_records(6, ["count"], seed=0)))
     run = train(records, val_data=records[:3], output_dir=tmp_path/"r", max_steps=1, **QUICK | dict(max_completion_length=80))
-    assert run.log["config"]["rewards"] == ["format", "bbox", "category", "completeness"]
+    assert run.log["config"]["reward_funcs"] == ["format", "bbox", "category", "completeness"]
     assert {"val_reward", "val_format", "val_bbox", "val_category", "val_completeness"} <= set(run.log["val_history"][0])
     page = show_rollouts(tmp_path/"r", 1, groups=1)
     assert page._repr_html_().count("<img") >= 1 and "right:" in repr(page)
@@ -361,7 +361,7 @@ def test_pieces_of_a_batch_give_the_step_of_the_whole(data, tmp_path):
                                   dict(mask_truncated_completions=True, max_completion_length=3), dict(multi_objective_aggregation="normalize_then_sum", gradient_checkpointing=True),
                                   dict(loss_type="luspo", importance_sampling_level="sequence"), dict(scale_rewards="batch", loss_type="bnpo", gradient_accumulation_steps=2)], ids=str)
 def test_every_variant_trains_and_resumes_bit_for_bit(data, tmp_path, more):
-    options = QUICK | dict(max_steps=4, save_steps=2, learning_rate=3e-3, rewards=["exact", "format"]) | more
+    options = QUICK | dict(max_steps=4, save_steps=2, learning_rate=3e-3, reward_funcs=["exact", "format"]) | more
     whole = train(data[0], output_dir=tmp_path/"whole", **options)
     assert len(whole.log["train_history"]) == 4 and any(r["grad_norm"] for r in whole.log["train_history"])
     if "beta" in more: assert whole.log["train_history"][-1]["kl"] > 0 and whole.log["train_history"][0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -479,14 +479,14 @@ def test_a_slow_reward_is_named_while_it_runs(data, tmp_path, monkeypatch):
 def test_rewards_from_a_file(data, tmp_path):
     (tmp_path/"mine.py").write_text("def short_one(completions, **columns): return [1/len(c[0]['content'] or 'x') for c in completions]\n")
     run = train(data[0], "short_one,exact", external_plugins=str(tmp_path/"mine.py"), reward_weights="0.5,1", output_dir=tmp_path/"r", max_steps=1, **QUICK)
-    assert run.log["config"]["rewards"] == ["short_one", "exact"]
+    assert run.log["config"]["reward_funcs"] == ["short_one", "exact"]
     row = run.log["train_history"][0]
     assert row["reward"] == pytest.approx(.5*row["rewards/short_one/mean"]+row["rewards/exact/mean"])
 
 
 @pytest.mark.parametrize("bad,says", [(dict(num_generations=1), "num_generations=1.*nothing to be compared"), (dict(beta=-1), "beta=-1"), (dict(loss_type="ppo"), "loss_type='ppo'.*dapo"),
     (dict(loss_type="cispo"), "epsilon_high.*5.0"), (dict(loss_type="luspo"), "sequence"), (dict(temperature=0), "temperature=0"), (dict(scale_rewards=True), "scale_rewards=True"),
-    (dict(rewards="nonsense"), "nonsense.*exact"), (dict(rewards=[]), "rewards is empty"), (dict(reward_weights=[1, 2]), "2 weights"), (dict(reward_weights="one"), "reward_weights='one'.*1,0.5"), (dict(eval_steps=5), "val_data"), (dict(epsilon=float("nan")), "epsilon=nan"),
+    (dict(reward_funcs="nonsense"), "nonsense.*exact"), (dict(reward_funcs=[]), "reward_funcs is empty"), (dict(reward_weights=[1, 2]), "2 weights"), (dict(reward_weights="one"), "reward_weights='one'.*1,0.5"), (dict(eval_steps=5), "val_data"), (dict(epsilon=float("nan")), "epsilon=nan"),
     (dict(advantage="rloo", multi_objective_aggregation="normalize_then_sum"), "normalize_then_sum"), (dict(num_iterations=0), "num_iterations=0"), (dict(per_device_train_batch_size=0), "per_device_train_batch_size=0")], ids=str)
 def test_mistakes_are_told_before_anything_is_made(data, tmp_path, bad, says):
     with pytest.raises(ValueError, match=says): train(data[0], output_dir=tmp_path/"r", **QUICK | bad)

@@ -53,9 +53,9 @@ def test_every_setting_reaches_trl(tmp_path):
 
 @pytest.mark.parametrize("bad,says", [(dict(rank_rewards=True), "rank_rewards=True.*grpo.train"), (dict(advantage="rloo"), "advantage='rloo'"), (dict(dynamic_sampling=1), "dynamic_sampling=1"), (dict(log_rollouts=0), "log_rollouts=0"), (dict(metric_for_best_model="val_exact"), "metric_for_best_model"), (dict(early_stopping_patience=2, eval_steps=1), "early_stopping_patience"),
     (dict(top_q=1), "top_q.*more="), (dict(num_generations=1), "nothing to be compared"), (dict(loss_type="ppo"), "loss_type='ppo'"), (dict(resume_from_checkpoint=True), "resume_from_checkpoint"),
-    (dict(lr_scheduler_type="reduce_lr_on_plateau"), "reduce_lr_on_plateau"), (dict(rewards="nonsense"), "nonsense"), (dict(reward_weights="1,2"), "2 weights")], ids=str)
+    (dict(lr_scheduler_type="reduce_lr_on_plateau"), "reduce_lr_on_plateau"), (dict(reward_funcs="nonsense"), "nonsense"), (dict(reward_weights="1,2"), "2 weights")], ids=str)
 def test_mistakes_are_told_before_anything_is_made(tmp_path, bad, says):
-    with pytest.raises(ValueError, match=says): train(make_records(4, ["same"], seed=0), **dict(rewards="exact", val_data=None, output_dir=tmp_path/"r") | QUICK | bad)
+    with pytest.raises(ValueError, match=says): train(make_records(4, ["same"], seed=0), **dict(reward_funcs="exact", val_data=None, output_dir=tmp_path/"r") | QUICK | bad)
     assert not (tmp_path/"r").exists()
 
 

@@ -25,9 +25,7 @@ MAX_OUTPUT = 300_000                             # bytes of output in one notebo
 MAX_LINES = 40                                   # lines in one code cell
 LONG_CELLS = {                                   # "notebook: def name" or "notebook: first line of the cell" -> why it is longer
     "12_loop: def fit": "the training loop: half of it is the list of settings, and what is left is read in one piece",
-    "14_sft: class Features": "two small classes that are read together",
     "14_sft: def train": "the list of settings",
-    "15_dpo: def train": "the list of settings",
     "17_grpo: def train": "the list of settings",
 }
 

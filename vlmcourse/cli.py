@@ -11,6 +11,7 @@ COMMANDS = {                    # command: (module, function)
     "dpo": ("dpo", "train"),
     "evaluate": ("report", "evaluate_file"),
     "grpo": ("grpo", "train"),
+    "grpo_trl": ("grpo_trl", "train"),
     "log": ("logs", "show_log"),
     "preflight": ("preflight", "check_run"),
     "pretrain": ("tiny", "pretrain"),

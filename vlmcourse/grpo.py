@@ -416,7 +416,7 @@ def choose_rewards(
     made = dict(bbox=make_bbox, category=make_category, f1=make_f1,
                 completeness=make_completeness)
     rewards = [rewards] if callable(rewards) else list(rewards)
-    if not rewards: raise ValueError("rewards is empty: give names or functions.")
+    if not rewards: raise ValueError("reward_funcs is empty: give names or functions.")
     if not external_plugins:
         rewards = [made[r](family=family) if isinstance(r, str) and r in made else r
                    for r in rewards]
@@ -727,7 +727,7 @@ def _check_together(s):
 def _config(settings, records, held_out, model, rewards):
     "What the log keeps about the run."
     config = {"method": "grpo", **settings, "versions": versions()}
-    config["rewards"] = [reward_name(reward) for reward in rewards]
+    config["reward_funcs"] = [reward_name(reward) for reward in rewards]
     for name, found in (("data", records), ("val_data", held_out)):
         is_path = isinstance(settings[name], (str, Path))
         count = None if found is None else f"list of {len(found)} records"
@@ -769,7 +769,7 @@ class GrpoRun(Run):
 # %% ../nbs/17_grpo.ipynb #a87852a2
 def train(
     data,  # questions with what is right: a .json or .jsonl file, or a list
-    rewards: str | list | None = None,  # names or functions; None: what fits the data
+    reward_funcs: str | list | None = None,  # names or functions; None: what fits
     val_data: str | list | None = None,  # held-out questions; None: no scores
     *,
     model: str = "tiny",  # "tiny", a model folder, a hub name, or the folder of a run
@@ -826,7 +826,8 @@ def train(
     held_out = None if val_data is None else read_records(val_data, answers=False)
     check_output(output_dir, resume_from_checkpoint)
     set_seed(seed)
-    fresh = choose_rewards(rewards, records, external_plugins=external_plugins)
+    fresh = choose_rewards(
+        reward_funcs, records, external_plugins=external_plugins)
     settings["reward_weights"] = read_weights(reward_weights, fresh)
     model, processor = load_vlm(model, device=device, quantize=quantize)
     return _run(model, processor, records, held_out, fresh, settings)
@@ -850,7 +851,7 @@ def _run(model, processor, records, held_out, rewards, s):
     "Everything after the checks that need no model."
     again, family = hasattr(model, "peft_config"), box_family(model)
     options = dict(family=family, external_plugins=s["external_plugins"])
-    rewards = choose_rewards(s["rewards"], records, **options)
+    rewards = choose_rewards(s["reward_funcs"], records, **options)
     model = with_adapter(model, s["lora_r"], s["lora_alpha"])
     set_gradient_checkpointing(model, s["gradient_checkpointing"])
     small = count_trainable(model)["total"] < 5e7

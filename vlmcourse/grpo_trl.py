@@ -176,7 +176,7 @@ def _watcher(log, check, eval_steps, per_step):
 @delegates(grpo.train)
 def train(
     data,  # questions with what is right: a .json or .jsonl file, or a list
-    rewards: str | list | None = None,  # names or functions; None: what fits the data
+    reward_funcs: str | list | None = None,  # names or functions; None: what fits
     val_data: str | list | None = None,  # held-out questions; None: no scores
     *,
     shared: bool = True,  # compute picture and question once per group
@@ -184,7 +184,8 @@ def train(
     **kwargs,  # arguments of `grpo.train`, with its defaults
 ) -> GrpoRun:
     "The run of `grpo.train`, through TRL's GRPOTrainer."
-    s = _all_settings(kwargs) | dict(data=data, rewards=rewards, val_data=val_data)
+    s = _all_settings(kwargs) | dict(
+        data=data, reward_funcs=reward_funcs, val_data=val_data)
     check_settings(s), grpo.check_grpo(s)
     if s["resume_from_checkpoint"]:
         raise ValueError("resume_from_checkpoint=True: not through TRL. Use TRL's own: "
@@ -201,11 +202,11 @@ def train(
 def _run(model, processor, records, held_out, s, shared, more):
     "Everything after the checks that need no model."
     family = dict(family=box_family(model), external_plugins=s["external_plugins"])
-    rewards = choose_rewards(s["rewards"], records, **family)
+    rewards = choose_rewards(s["reward_funcs"], records, **family)
     s["reward_weights"] = grpo.read_weights(s["reward_weights"], rewards)
     small = count_trainable(model)["total"] < 5e7
     s["learning_rate"] = s["learning_rate"] or (1e-3 if small else 1e-5)
-    names = dict(rewards=[reward_name(reward) for reward in rewards])
+    names = dict(reward_funcs=[reward_name(reward) for reward in rewards])
     config = {**s, **names, "method": "grpo-trl", "shared": shared, "more": more,
               "versions": versions(), "data": str(s["data"])[:200],
               "val_data": held_out and len(held_out), "data_hash": data_hash(records),
