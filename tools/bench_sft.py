@@ -184,7 +184,8 @@ def main():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context, pipes, busy, ways = multiprocessing.get_context("spawn"), {}, [], a.ways.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        name, px = save_model(a.size, str(Path(folder) / "model")), SIZES[a.size][-1] if SIZES[a.size] else 96
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            name, px = save_model(a.size, str(Path(folder) / "model")), SIZES[a.size][-1] if SIZES[a.size] else 96
         for way in ways:
             pipes[way], there = context.Pipe()
             busy.append(context.Process(target=worker, args=(there, way, name, px, a.records, a.questions, a.epochs), daemon=True))
