@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C reaches the tests' processes also under `pytest &`, which ignores it
 
 root = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reads from a model hub
