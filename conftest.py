@@ -1,11 +1,11 @@
 """`pytest` runs every notebook of nbs/ the way nbdev_test does: in this process, so that torch is imported once."""
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-import signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C reaches the tests' processes also under `pytest &`, which ignores it
 

@@ -23,7 +23,8 @@ import psutil
 
 from vlmcourse.runlog import read_log
 
-PRELOAD = ["vlmcourse.sft", "vlmcourse.dpo", "vlmcourse.grpo", "transformers", "peft"]  # one fork server serves all tests of a pytest process
+PRELOAD = ["vlmcourse.sft", "vlmcourse.dpo", "vlmcourse.grpo", "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.auto.processing_auto",
+           "peft", "matplotlib.figure", "pytest"]  # one fork server serves all tests of a pytest process
 
 
 def outcome(folder, files=("samples.jsonl",)):

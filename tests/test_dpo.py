@@ -537,11 +537,13 @@ def test_killed_at_ten_random_moments_ends_the_same_bit_for_bit(tmp_path):
 # --- two processes ---------------------------------------------------------------------------------
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     data, held_out = save(PAIRS, tmp_path / "data"), save(HELD_OUT[:6], tmp_path / "held_out")
-    code = """
+    settings = dict(max_steps=3, eval_steps=2, device="cpu", plot=False)
+    one = train(data, held_out, output_dir=tmp_path / "one", per_device_train_batch_size=6, **settings).log
+    code = f"""
 from vlmcourse.dpo import train
-train({!r}, {!r}, output_dir={!r}, max_steps=3, per_device_train_batch_size={}, eval_steps=2, device="cpu", plot=False)
+train({str(data)!r}, {str(held_out)!r}, output_dir={str(tmp_path / "two")!r}, per_device_train_batch_size=3, **{settings})
 """
-    one, two = (launch(code.format(str(data), str(held_out), str(tmp_path / name), size), tmp_path / name, n) for name, n, size in (("one", 1, 6), ("two", 2, 3)))
+    two = launch(code, tmp_path / "two", 2)
     for a, b in zip(one["train_history"], two["train_history"], strict=True):
         assert all(b[k] == pytest.approx(a[k], abs=2e-4) for k in ("step", "samples", "loss", "rewards/margins", "logps/chosen", "grad_norm"))
     for a, b in zip(one["val_history"], two["val_history"], strict=True):
