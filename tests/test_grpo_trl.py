@@ -47,7 +47,7 @@ def test_every_setting_reaches_trl(tmp_path):
         assert getattr(config, TRL_NAMES[name]) == want, name
     assert config.save_strategy == "steps" and grpo_config(tmp_path, learning_rate=1e-3, save_steps=0).save_strategy == "no"
     known = set(grpo.train.__code__.co_varnames[:grpo.train.__code__.co_argcount+grpo.train.__code__.co_kwonlyargcount])
-    mine = set("data rewards val_data model output_dir external_plugins lora_r lora_alpha eval_steps resume_from_checkpoint quantize device plot".split())
+    mine = set("data reward_funcs val_data model output_dir external_plugins lora_r lora_alpha eval_steps resume_from_checkpoint quantize device plot".split())
     assert known == set(TRL_NAMES) | set(ONLY_OURS) | mine                    # a new argument must find its place here
 
 
