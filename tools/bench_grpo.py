@@ -39,8 +39,7 @@ def trl_steps(model, processor, data, args, shared):
     from vlmcourse.prefix import share
     ask = lambda r: r["messages"][0]["content"].replace("<image>", "")
     rows = Dataset.from_list([dict(prompt=[dict(role="user", content=ask(r))], images=r["images"]) for r in data])
-    if shared:
-        share(model)
+    sharing = share(model) if shared else None
     marks = []
 
     class Clock(TrainerCallback):
@@ -50,7 +49,7 @@ def trl_steps(model, processor, data, args, shared):
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(output_dir=folder, max_steps=args.reps + 1, per_device_train_batch_size=args.prompts * args.generations, num_generations=args.generations,
                             max_completion_length=args.tokens, learning_rate=1e-4, lr_scheduler_type="constant", beta=0., use_cpu=True, bf16=False, report_to="none",
-                            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, logging_steps=10**6, seed=0, generation_kwargs=dict(min_new_tokens=args.tokens))
+                            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, logging_steps=10**6, seed=0, generation_kwargs=dict(suppress_tokens=[processor.tokenizer.eos_token_id]))
         trainer = GRPOTrainer(model=model, args=config, train_dataset=rows, processing_class=processor, reward_funcs=pays, callbacks=[Clock])
         trainer.remove_callback(PrinterCallback)
         real, count = trainer._prepare_inputs, []
@@ -61,6 +60,8 @@ def trl_steps(model, processor, data, args, shared):
 
         trainer._prepare_inputs = prepare
         trainer.train()
+    if sharing and not sharing.counts["generate: shared"]:
+        raise SystemExit(f"share did not serve the sampling:\n{sharing}")
     ends = marks[1::2]
     return [end - start for start, end in zip(count, ends)]
 

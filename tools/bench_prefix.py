@@ -20,6 +20,7 @@ import warnings
 SIZES = {  # text width, layers, heads, kv heads, width of a head, inner width, vocabulary; tower width, layers, heads, patch, px
     "tiny": None,
     "150M": (768, 12, 12, 4, 64, 2304, 16384, 512, 12, 8, 16, 512),
+    "75M-1024": (768, 6, 12, 4, 64, 2304, 16384, 512, 6, 8, 16, 1024),     # 1024 image tokens; half the layers, for TRL's memory
     "150M-1024": (768, 12, 12, 4, 64, 2304, 16384, 512, 12, 8, 16, 1024)}
 
 
