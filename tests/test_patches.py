@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -180,6 +181,92 @@ def test_torchvision_pixels_are_those_of_transformers(size):
     assert torch.equal(((ours * std + mean) * 255).round(), theirs.float())
     exact = load_tiles(image, max_tiles=6)[0]
     assert ((exact - ours) * std * 255).abs().max() <= 4          # close to PIL
+
+
+# --- the resize: two products against PIL ---------------------------------------------------------------------
+
+def unlike_pil(pairs, seed=0):
+    "The pairs (size, new size) for which the two products and PIL give other pixels, on noise."
+    rng = np.random.default_rng(seed)
+    wrong = []
+    for (w, h), new in pairs:
+        pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        ours = patches._as_pil(pixels, new)
+        assert ours.dtype == np.uint8 and ours.shape == (new[1], 3, new[0])
+        if not np.array_equal(ours.transpose(0, 2, 1), np.asarray(Image.fromarray(pixels).resize(new))):
+            wrong.append(((w, h), new))
+    return wrong
+
+
+def random_pairs(n, seed=0):
+    "Sizes of all kinds: larger, smaller, flat, narrow, and some in which one side or both stay as they are."
+    draw = random.Random(seed)
+    pairs = []
+    for k in range(n):
+        w, h, wide, high = (draw.randint(1, 250) for _ in range(4))
+        w, h = [(w, h), (w, h), (w * 8, h % 9 + 1), (w % 9 + 1, h * 8)][k % 4]
+        pairs.append(((w, h), [(wide, high), (w, high), (wide, h), (w, h)][k % 7 if k % 7 < 4 else 0]))
+    return pairs
+
+
+ODD_PAIRS = [((1, 1), (448, 448)), ((1, 1), (1, 1)), ((1, 700), (448, 448)), ((700, 1), (448, 448)), ((8000, 50), (5376, 448)),
+             ((50, 8000), (448, 5376)), ((50_000, 1), (448, 448)), ((1, 50_000), (448, 448)), ((448, 448), (448, 448)),
+             ((64, 64), (128, 128)), ((128, 128), (64, 64)), ((1000, 700), (1, 1)), ((897, 449), (896, 448))]
+# around the rule of PIL 13 for the order: the height shrinks by exactly twice as many pixels as the width, by one less, by one more
+ORDER = [((60 + dx, 60 + 2 * dx + more), (60, 60)) for dx in (-9, -1, 0, 1, 9) for more in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("pairs", [random_pairs(400), ODD_PAIRS, ORDER], ids=["random", "odd", "order"])
+def test_two_products_equal_pil(pairs):
+    """If this fails after an update of Pillow, its resize has changed (version 13 changed the order of the passes): compare `_weights`
+    and `_as_pil` with src/libImaging/Resample.c of that version. Pillow-SIMD rounds its weights otherwise and would fail too."""
+    assert unlike_pil(pairs) == []
+
+
+def test_two_products_on_black_white_and_edges():
+    for image in (Image.new("RGB", (97, 61), "white"), Image.new("RGB", (97, 61)), Image.linear_gradient("L").convert("RGB"),
+                  Image.fromarray(np.kron(np.indices((9, 9)).sum(0) % 2, np.ones((7, 7)))[..., None].repeat(3, 2).astype(np.uint8) * 255)):
+        for new in [(200, 200), (31, 17), (96, 30)]:
+            ours = patches._as_pil(np.asarray(image), new).transpose(0, 2, 1)
+            assert np.array_equal(ours, np.asarray(image.resize(new)))
+
+
+def test_sums_fit_into_32_bits():
+    draw = random.Random(1)
+    pairs = [(a, b) for a in range(1, 40) for b in range(1, 40)] + [(draw.randint(1, 9000), draw.randint(1, 6000)) for _ in range(60)]
+    weights = [patches._weights(a, b) for a, b in pairs]
+    assert all(w.dtype == np.int32 for w in weights)
+    assert max(abs(w.astype(np.int64)).sum(1).max() for w in weights) * 255 + 2**21 < 2**31
+    assert (weights[0] @ np.ones((1, 1), np.uint8)).dtype == np.int32
+
+
+def changed(weights, change):
+    weights = weights.copy()
+    weights.data = change(weights.data)
+    return weights
+
+
+MUTANTS = {
+    "weights one unit higher": lambda m: dict(_weights=lambda a, b: changed(m._weights(a, b), lambda data: data + 1)),
+    "weights of 16 binary places": lambda m: dict(_weights=lambda a, b: changed(m._weights(a, b), lambda data: (data + 32) // 64 * 64)),
+    "another curve": lambda m: dict(_cubic=lambda x: np.where(abs(x) < 1, m._cubic(x), 1.5 * m._cubic(x))),
+    "always across first": lambda m: dict(_as_pil=lambda p, size: m._down(m._across(p, size[0]), size[1])),
+    "always down first": lambda m: dict(_as_pil=lambda p, size: m._across(m._down(p, size[1]), size[0])),
+    "sums cut off, not rounded": lambda m: dict(_mix=lambda w, p: ((w @ p) >> 22).clip(0, 255).astype(np.uint8)),
+    "not cut off at 0 and 255": lambda m: dict(_mix=lambda w, p: (((w @ p) + 2**21) >> 22).astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_with_pil_notices(name, monkeypatch):
+    real = types.SimpleNamespace(**{k: getattr(patches, k) for k in ("_weights", "_cubic", "_across", "_down", "_mix", "_as_pil")})
+    for key, value in MUTANTS[name](real).items():
+        monkeypatch.setattr(patches, key, value)
+    real._weights.cache_clear()
+    try:
+        assert unlike_pil([*random_pairs(12), *ORDER])
+    finally:
+        real._weights.cache_clear()
 
 
 def test_normalise_equals_torchvision():

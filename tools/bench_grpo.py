@@ -10,7 +10,7 @@ share    the same trainer on a model that went through `vlmcourse.prefix.share`
 own      the step of `vlmcourse.grpo`: pictures seen before; new: the same with pictures not seen before
 
 The last line says how much arithmetic a step of `own` is (torch's FlopCounterMode), and which share of the machine's limit it reaches: that of
-one large product of fp32 matrices on one thread, measured just before. With --profile, where the processor time of `own` goes.
+one large product of fp32 matrices on one thread, measured just before. With --profile WAY, where the processor time of that way goes.
 """
 import argparse
 import multiprocessing
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
 
 from bench_prefix import SIZES, build, records
 
@@ -105,12 +106,13 @@ def work_of_a_step(model, processor, data, args):
     return counter.get_total_flops()
 
 
-def profile(model, processor, data, args):
-    "Print the 15 operations of `own` that take most processor time."
-    import torch
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        own_steps(model, processor, data, args, False)
-    print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+def profile(steps):
+    "Print the 25 functions and operations in which a way spends most processor time."
+    import cProfile
+    import pstats
+    seen = cProfile.Profile(time.process_time)
+    seen.runcall(steps)
+    pstats.Stats(seen).sort_stats("tottime").print_stats(25)
 
 
 def worker(queue, turn, way, args):
@@ -121,12 +123,13 @@ def worker(queue, turn, way, args):
     data = records(args.prompts, SIZES[args.size][-1] if SIZES[args.size] else 96, seed=0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with turn:
-        found = (own_steps(model, processor, data, args, way == "new") if way in ("own", "new")
-                 else trl_steps(model, processor, data, args, way == "share"))
+        run = own_steps if way in ("own", "new") else trl_steps
+        steps = partial(run, model, processor, data, args, way in ("new", "share"))
+        found = steps()
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
         more = (gemm_limit(), work_of_a_step(model, processor, data, args)) if way == "new" else None
-        if way == "own" and args.profile:
-            profile(model, processor, data, args)
+        if way == args.profile:
+            profile(steps)
     queue.put((way, found[1:], peak, more))
 
 
@@ -135,7 +138,7 @@ def main():
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     for name, default in (("prompts", 4), ("generations", 8), ("tokens", 32), ("reps", 5), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", choices=WAYS)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context, times, memory = multiprocessing.get_context("spawn"), {}, {}

@@ -155,25 +155,90 @@ def _limits(n_images, share, min_tiles, max_tiles):
         "Raise max_tiles, lower min_tiles, or set share=False.")
     return min_tiles, each
 
-# %% ../nbs/05_patches.ipynb #4549e942
-def _resized(image, size, resize):
-    "The picture stretched to `size`, as whole numbers [3,H,W]."
+# %% ../nbs/05_patches.ipynb #5c217295
+def _cubic(x):
+    "The bicubic curve at the distances `x`, in px."
     import numpy as np
+    x = np.abs(x)
+    far = (((x - 5) * x + 8) * x - 4) * -.5
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, far, 0))
+
+# %% ../nbs/05_patches.ipynb #334e338a
+@lru_cache(maxsize=64)
+def _weights(old, new):
+    "The weights of PIL's bicubic resize of a row, times 2**22, [new,old], sparse."
+    import numpy as np
+    from scipy.sparse import csr_array
+    step = old / new
+    wide, centre = max(step, 1), (np.arange(new) + .5) * step
+    first = np.maximum(centre - 2 * wide + .5, 0).astype(int)
+    last = np.minimum((centre + 2 * wide + .5).astype(int), old)
+    near = first[:, None] + np.arange((last - first).max()) # old pixels that count
+    curve = _cubic((near - centre[:, None] + .5) * (1 / wide)) * (near < last[:, None])
+    share = curve / curve.cumsum(1)[:, -1:] # summed from left to right, as PIL does
+    whole = np.trunc(share * 2**22 + np.copysign(.5, share)).astype(np.int32)
+    kept = whole != 0
+    ends = np.r_[0, kept.sum(1).cumsum()]
+    return csr_array((whole[kept], near[kept], ends), shape=(new, old))
+
+# %% ../nbs/05_patches.ipynb #9215f29f
+def _mix(weights, pixels):
+    "weights [M,N] @ pixels [N,C], rounded, as whole numbers from 0 to 255."
+    import numpy as np
+    sums = weights @ pixels
+    sums += 2**21 # a half, so that cutting off the last 22 binary places rounds
+    sums >>= 22
+    return np.clip(sums, 0, 255, out=sums).astype(np.uint8)
+
+def _down(pixels, height):
+    "Stretch [H,...] to `height` rows."
+    import numpy as np
+    if height == len(pixels): return pixels
+    weights, rows = _weights(len(pixels), height), pixels.reshape(len(pixels), -1)
+    out = np.empty((height, rows.shape[1]), np.uint8)
+    for i in range(0, rows.shape[1], 512):
+        out[:, i:i + 512] = _mix(weights, rows[:, i:i + 512])
+    return out.reshape(height, *pixels.shape[1:])
+
+# %% ../nbs/05_patches.ipynb #20d88220
+def _across(pixels, width):
+    "Stretch [H,W,3] to [H,3,width]: the colours of a row one after the other."
+    import numpy as np
+    if width == pixels.shape[1]: return pixels.transpose(0, 2, 1)
+    weights = _weights(pixels.shape[1], width)
+    out = np.empty((len(pixels), 3, width), np.uint8)
+    for i in range(0, len(pixels), 64):
+        turned = pixels[i:i + 64].transpose(1, 2, 0) # [W,3,64]
+        new = _mix(weights, turned.reshape(len(turned), -1))
+        out[i:i + 64] = new.reshape(width, 3, -1).transpose(2, 1, 0)
+    return out
+
+# %% ../nbs/05_patches.ipynb #1ec5f03a
+def _as_pil(pixels, size):
+    "`image.resize(size)` of PIL 13, from [H,W,3] to [height,3,width]."
+    (width, height), (old_height, old_width) = size, pixels.shape[:2]
+    down_first = old_height - height > max(0, 2 * (old_width - width))
+    if down_first: return _across(_down(pixels, height), width)
+    return _down(_across(pixels, width), height)
+
+# %% ../nbs/05_patches.ipynb #4549e942
+def _resized(pixels, size, resize):
+    "The pixels [H,W,3] stretched to `size`, a tensor of whole numbers [3,H,W]."
     import torch
     if resize == "pil":
-        bands = image.resize(size).split()
-        return torch.from_numpy(np.stack([np.asarray(band) for band in bands]))
+        return torch.from_numpy(_as_pil(pixels, size)).permute(1, 0, 2)
     from torchvision.transforms.v2 import functional as tv
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return tv.resize(pixels, size[::-1], tv.InterpolationMode.BICUBIC, antialias=True)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)
+    return tv.resize(planes, size[::-1], tv.InterpolationMode.BICUBIC, antialias=True)
 
 def _fill(out, image, columns, rows, resize):
     "Write the tiles of one picture into `out` [K,3,S,S]; a thumbnail is one more."
-    side = out.shape[-1]
-    canvas = _resized(image, (columns * side, rows * side), resize)
+    import numpy as np
+    side, pixels = out.shape[-1], np.array(image)
+    canvas = _resized(pixels, (columns * side, rows * side), resize)
     view = canvas.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
     tiles = [tile for row in view for tile in row]
-    if len(out) > len(tiles): tiles.append(_resized(image, (side, side), resize))
+    if len(out) > len(tiles): tiles.append(_resized(pixels, (side, side), resize))
     for target, tile in zip(out, tiles): _normalise_into(target, tile)
 
 # %% ../nbs/05_patches.ipynb #43db9d73
@@ -189,6 +254,7 @@ def load_tiles(
     threads:int|None=None, # pictures worked on at the same time; None: one per core
 )->tuple: # (float32 tensor [K,3,S,S], list with the number of tiles of each picture)
     "Open, cut and normalise pictures."
+    import numpy as np
     import torch
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images: raise ValueError("images is empty; give at least one picture.")
@@ -201,7 +267,8 @@ def load_tiles(
         limits = dict(min_tiles=low, max_tiles=high, tile_size=tile_size)
         grids = [closest_grid(im.size, **limits) for im in opened]
         counts = [i * j + (thumbnail and i * j > 1) for i, j in grids]
-        block = torch.empty(sum(counts), 3, tile_size, tile_size)
+        shape = (sum(counts), 3, tile_size, tile_size)
+        block = torch.from_numpy(np.empty(shape, np.float32)) # large memory pages
         jobs = zip(block.split(counts), opened, grids)
         list(pool.map(lambda job: _fill(job[0], job[1], *job[2], resize), jobs))
     return block, counts
