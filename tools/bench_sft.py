@@ -1,6 +1,6 @@
 """How much faster SFT of lesson 14 is than TRL's SFTTrainer: whole runs, the same data in the same order, the same losses.
 
-    python tools/bench_sft.py [--size tiny] [--records 160] [--questions 4] [--epochs 3] [--reps 3]
+    python tools/bench_sft.py [--size tiny] [--records 160] [--questions 1] [--epochs 3] [--reps 3]
 
 Each way runs in a process of its own (for its peak memory), and the processes take turns, so that a busy machine slows all of them alike. Ratios are of
 processor time, from the same round; min / median / max. `run` is everything from the name of the model to the saved adapter, `steps` the training loop
@@ -176,7 +176,7 @@ def main():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--size", choices=SIZES, default="tiny")
     parse.add_argument("--records", type=int, default=160, help=f"records; a multiple of {BATCH}")
-    parse.add_argument("--questions", type=int, default=4, help="questions about each photo; with 1 there is nothing to share but the features")
+    parse.add_argument("--questions", type=int, default=1, help="questions about each photo; with 1 there is nothing to share but the features")
     parse.add_argument("--epochs", type=int, default=3)
     parse.add_argument("--reps", type=int, default=3, help="rounds, after a single step to warm up")
     parse.add_argument("--ways", default="trl,ours")
