@@ -13,12 +13,14 @@ The last line says how much arithmetic a step of `own` is (torch's FlopCounterMo
 one large product of fp32 matrices on one thread, measured just before. With --profile WAY, where the processor time of that way goes.
 """
 import argparse
+import contextlib
 import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
+import traceback
 import warnings
 from functools import partial
 
@@ -32,8 +34,8 @@ def pays(completions, **columns):
     return [float(i % 3) for i in range(len(completions))]
 
 
-def trl_steps(model, processor, data, args, shared):
-    "Yields after every step of TRL's trainer."
+def trl_steps(model, processor, data, args, shared, seen=None):
+    "Seconds of every step of TRL's trainer; `seen`, a profiler, sees the steps alone."
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -60,15 +62,17 @@ def trl_steps(model, processor, data, args, shared):
             return real(*a, **k)
 
         trainer._prepare_inputs = prepare
+        if seen:
+            trainer.training_step = partial(seen.runcall, trainer.training_step)
         trainer.train()
     if sharing and not sharing.counts["generate: shared"]:
-        raise SystemExit(f"share did not serve the sampling:\n{sharing}")
+        raise RuntimeError(f"share did not serve the sampling:\n{sharing}")
     ends = marks[1::2]
     return [end - start for start, end in zip(count, ends)]
 
 
-def own_steps(model, processor, data, args, new):
-    "Seconds of every step of the lesson's own loop."
+def own_steps(model, processor, data, args, new, seen=None):
+    "Seconds of every step of the lesson's own loop; `seen`, a profiler, sees the steps alone."
     import inspect
     from vlmcourse.grpo import Sampler, _take_step, train
     from vlmcourse.loop import make_optimizer
@@ -81,8 +85,9 @@ def own_steps(model, processor, data, args, new):
         if new:
             sampler.cache = FeatureCache(model)
         start = time.process_time()
-        pieces, _ = sampler(step + 1, list(range(args.prompts)))
-        _take_step(sampler, pieces, optimizer, "bench")
+        with seen or contextlib.nullcontext():
+            pieces, _ = sampler(step + 1, list(range(args.prompts)))
+            _take_step(sampler, pieces, optimizer, "bench")
         found.append(time.process_time() - start)
     return found
 
@@ -111,11 +116,19 @@ def profile(steps):
     import cProfile
     import pstats
     seen = cProfile.Profile(time.process_time)
-    seen.runcall(steps)
+    steps(seen=seen)
     pstats.Stats(seen).sort_stats("tottime").print_stats(25)
 
 
 def worker(queue, turn, way, args):
+    "A worker's mistake is shown by the main process."
+    try:
+        work(queue, turn, way, args)
+    except Exception:
+        queue.put(traceback.format_exc())
+
+
+def work(queue, turn, way, args):
     warnings.filterwarnings("ignore")
     import torch
     torch.set_num_threads(1)
@@ -147,8 +160,11 @@ def main():
         for way in WAYS:  # one after the other within a round; rounds repeat the order
             process = context.Process(target=worker, args=(queue, turn, way, args))
             process.start()
-            name, found, peak, more = queue.get(timeout=3600)
+            said = queue.get(timeout=3600)
             process.join()
+            if isinstance(said, str):
+                raise SystemExit(said)
+            name, found, peak, more = said
             limit, flops = more or (0, 0)
             times.setdefault(name, []).append(statistics.median(found))
             memory[name] = max(memory.get(name, 0), peak)
