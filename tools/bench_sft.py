@@ -1,15 +1,16 @@
 """How much faster SFT of lesson 14 is than TRL's SFTTrainer: whole runs, the same data in the same order, the same losses.
 
-    python tools/bench_sft.py [--size tiny] [--records 160] [--questions 1] [--epochs 3] [--reps 3]
+    python tools/bench_sft.py [--size tiny] [--records 160] [--questions 1 4] [--epochs 3] [--reps 3]
 
 Each way runs in a process of its own (for its peak memory), and the processes take turns, so that a busy machine slows all of them alike. Ratios are of
 processor time, from the same round; min / median / max. `run` is everything from the name of the model to the saved adapter, `steps` the training loop
 alone. The first line says how far the loss curves are apart. Both train the same adapter on the language model; tower and projector are frozen.
-How much is gained depends on the data: questions about one photo share its features and its prefix, and photos that come once share only the features.
+How much is gained depends on the data, so there are two tables: photos that come once share only their features with the next epoch; several questions about
+one photo share its prefix, too.
 
 trl      TRL's SFTTrainer as one would set it up on a CPU: single precision, its own data loader, no gradient checkpointing
 default  the same with gradient checkpointing, which is TRL's default
-ours     vlmcourse.sft.train; with --questions above 1 and group_by_picture=True (the others get the same order)
+ours     vlmcourse.sft.train; with several questions about a photo and group_by_picture=True (the others get the same order)
 rows     ours, but questions about one photo do not share its beginning
 """
 import argparse
@@ -172,24 +173,15 @@ def show(ways, seen, steps):
         print(f"{way:8s}{took:8.2f} s   times faster: run {spread(0)}   steps {spread(1)}   peak {rounds[-1][4]:.2f} GB{more}", flush=True)
 
 
-def main():
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--size", choices=SIZES, default="tiny")
-    parse.add_argument("--records", type=int, default=160, help=f"records; a multiple of {BATCH}")
-    parse.add_argument("--questions", type=int, default=1, help="questions about each photo; with 1 there is nothing to share but the features")
-    parse.add_argument("--epochs", type=int, default=3)
-    parse.add_argument("--reps", type=int, default=3, help="rounds, after a single step to warm up")
-    parse.add_argument("--ways", default="trl,ours")
-    a = parse.parse_args()
-    if a.records % BATCH: parse.error(f"--records {a.records}: take a multiple of {BATCH}, so that both cut the same batches")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    context, pipes, busy, ways = multiprocessing.get_context("spawn"), {}, [], a.ways.split(",")
+def measure(a, ways, questions):
+    "All rounds with so many questions about a photo, and their table."
+    context, pipes, busy = multiprocessing.get_context("spawn"), {}, []
     with tempfile.TemporaryDirectory() as folder:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             name, px = save_model(a.size, str(Path(folder) / "model")), SIZES[a.size][-1] if SIZES[a.size] else 96
         for way in ways:
             pipes[way], there = context.Pipe()
-            busy.append(context.Process(target=worker, args=(there, way, name, px, a.records, a.questions, a.epochs), daemon=True))
+            busy.append(context.Process(target=worker, args=(there, way, name, px, a.records, questions, a.epochs), daemon=True))
             busy[-1].start()
             there.close()
             receive(pipes[way])
@@ -201,8 +193,22 @@ def main():
         for pipe in pipes.values(): pipe.send(None)
         for process in busy: process.join()
     steps = a.epochs * a.records // BATCH
-    print(f"{a.size}: {a.records} records, {a.questions} about each photo, {a.epochs} epochs, {steps} steps of {BATCH}, {a.reps} rounds")
+    print(f"{a.size}: {a.records} records, {questions} about each photo, {a.epochs} epochs, {steps} steps of {BATCH}, {a.reps} rounds")
     show(ways, seen, steps)
+
+
+def main():
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--size", choices=SIZES, default="tiny")
+    parse.add_argument("--records", type=int, default=160, help=f"records; a multiple of {BATCH}")
+    parse.add_argument("--questions", type=int, nargs="+", default=[1, 4], help="questions about each photo; with 1 there is nothing to share but the features")
+    parse.add_argument("--epochs", type=int, default=3)
+    parse.add_argument("--reps", type=int, default=3, help="rounds, after a single step to warm up")
+    parse.add_argument("--ways", default="trl,ours")
+    a = parse.parse_args()
+    if a.records % BATCH: parse.error(f"--records {a.records}: take a multiple of {BATCH}, so that both cut the same batches")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for questions in a.questions: measure(a, a.ways.split(","), questions)
 
 
 if __name__ == "__main__":
