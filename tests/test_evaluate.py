@@ -120,6 +120,9 @@ def test_learning_to_say_one_word_is_not_skill():
     assert kind_of_gain(silent, expert).startswith("Kind of gain: format and skill.")
     assert kind_of_gain(parrot, expert).startswith("Kind of gain: skill.")
     assert "luck" in kind_of_gain(expert, parrot)  # a loss is no gain
+    few = Scores(score_answers([f"{MARK} {truth}" if i < 4 else "" for i, truth in enumerate(truths)], records))
+    gain = paired_gain(silent, few)
+    assert gain.low > 0 and gain.p == 0.125 and "luck" in kind_of_gain(silent, few)  # the interval alone is too sure of four
 
 
 def test_nothing_from_a_model_or_a_data_set_becomes_html():

@@ -66,7 +66,13 @@ def test_no_number_is_null(tmp_path, v):
         log.best(step=3, epoch=1, samples=1, metric="val_loss", value=v, path="x")
     got = strict(log.path)
     assert got["config"] == dict(a=None, b=[None]) and {r["loss"] for r in got["train_history"]} == {None}
-    assert "<svg" in log_html(log)
+    assert "<svg" in log_html(log) and "no loss yet" in status_line(log)
+
+
+def test_a_lost_loss_is_said(tmp_path):
+    with RunLog(tmp_path/"r", progress=False) as log:
+        for i, x in enumerate((2., 1., math.nan), 1): row(log, i, loss=x)
+    assert "loss 2 → no number" in status_line(log)
 
 
 @pytest.mark.parametrize("error,status", [(ValueError("x"), "failed"), (KeyboardInterrupt(), "stopped"), (SystemExit(1), "failed")])

@@ -339,7 +339,7 @@ def coco_map(
     names = sorted({o["label"] for part in predicted + true for o in part}, key=str)
     def tensors(objects):
         boxes = np.array([o["bbox"] for o in objects]).reshape(-1, 4)
-        boxes[:, 2:] = np.maximum(boxes[:, :2], boxes[:, 2:]) # see below
+        boxes[:, 2:] = np.maximum(boxes[:, :2], boxes[:, 2:]) # see above
         places = [names.index(o["label"]) for o in objects]
         labels = torch.tensor(places, dtype=torch.long)
         scores = torch.tensor([float(o["score"]) for o in objects], dtype=torch.double)

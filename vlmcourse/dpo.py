@@ -62,11 +62,10 @@ from vlmcourse.sft import (
     PLATEAU,
     Run,
     check_settings,
-    data_hash,
     make_checkpoints,
+    run_config,
     save_final,
     step_of,
-    versions,
     with_adapter,
     with_question,
 )
@@ -1026,25 +1025,12 @@ def _train(s):
     model, processor = _load(s, pairs)
     s["learning_rate"] = s["learning_rate"] or _usual_rate(model)
     options = {k: s[k] for k in ("plot", "report_to", "resume_from_checkpoint")}
-    config = _config(s, pairs, held_out, model)
+    own = {k: v for k, v in s.items() if k not in ("loss", "measure")}
+    config = run_config("dpo", own | s["loss"], pairs, held_out, model)
     with open_run(s["output_dir"], config, name="dpo", **options) as log:
         _learn(model, processor, pairs, held_out, log, s)
         save_final(model, log)
     return Run(log.output_dir, model.eval(), processor, read_log(log.output_dir))
-
-
-def _config(s, pairs, held_out, model):
-    "What the log keeps about the run."
-    own = {k: v for k, v in s.items() if k not in ("loss", "measure")}
-    config = {"method": "dpo", **own, **s["loss"], "versions": versions()}
-    for name, found in (("data", pairs), ("val_data", held_out)):
-        is_path = isinstance(s[name], (str, Path))
-        count = None if found is None else f"list of {len(found)} pairs"
-        config[name] = str(s[name]) if is_path else count
-        config[f"{name}_hash"] = found and data_hash(found)
-    lora = model.peft_config["default"]
-    found = dict(lora_r=lora.r, lora_alpha=lora.lora_alpha)
-    return config | found | count_trainable(model)
 
 # %% ../nbs/15_dpo.ipynb #ee8887ab
 def _generation(check, held_out, log, s):
@@ -1144,7 +1130,7 @@ def plot_dpo(
             ax.plot(steps, [row[name] for row in rows], line, label=name)
         ax.set(xlabel="training step", ylabel=unit)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes[1].axhline(0.6931, color="gray", linewidth=0.8)  # where DPO begins
     for y, name in enumerate(_measure_names(val or [{}])):
         before, after = val[0][name], val[-1][name]

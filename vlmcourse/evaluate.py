@@ -470,8 +470,9 @@ def kind_of_gain(
     "Say whether format, skill, both or neither improved."
 
     def rose(metric):
-        found = any(v is not None for v in before.values(metric))
-        return found and paired_gain(before, after, metric=metric).low > 0
+        if all(v is None for v in before.values(metric)): return False
+        gain = paired_gain(before, after, metric=metric)
+        return gain.low > 0 and gain.p < 0.05  # of few changes, p is the better judge
 
     right = [v for v in after.values("lenient") if v is not None]
     guess = guess_rate(after.rows)

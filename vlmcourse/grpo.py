@@ -34,8 +34,8 @@ from .rewards import _check_funcs, call_rewards, load_rewards, reward_name
 from .rewards import make_bbox, make_category, make_completeness
 from .rewards import make_f1, make_format, to_columns
 from .runlog import _keep_picture, epoch_table, read_log
-from .sft import PLATEAU, Run, check_settings, data_hash, make_checkpoints
-from .sft import run_scores, save_final, step_of, versions
+from .sft import PLATEAU, Run, check_settings, make_checkpoints
+from .sft import run_config, run_scores, save_final, step_of
 from .sft import with_adapter, with_question
 from .vlm import load_vlm, set_gradient_checkpointing
 
@@ -723,20 +723,6 @@ def _check_together(s):
     if s["advantage"] == "rloo" and s["scale_rewards"] == "batch":
         raise ValueError("train: advantage='rloo' is not scaled; leave scale_rewards.")
 
-# %% ../nbs/17_grpo.ipynb #03beb649
-def _config(settings, records, held_out, model, rewards):
-    "What the log keeps about the run."
-    config = {"method": "grpo", **settings, "versions": versions()}
-    config["reward_funcs"] = [reward_name(reward) for reward in rewards]
-    for name, found in (("data", records), ("val_data", held_out)):
-        is_path = isinstance(settings[name], (str, Path))
-        count = None if found is None else f"list of {len(found)} records"
-        config[name] = str(settings[name]) if is_path else count
-        config[f"{name}_hash"] = found and data_hash(found)
-    lora = model.peft_config["default"]
-    found = dict(lora_r=lora.r, lora_alpha=lora.lora_alpha)
-    return config | found | count_trainable(model)
-
 # %% ../nbs/17_grpo.ipynb #c5c7f487
 class _Start:
     "The model as it was at the start of the run: inside, its weights are those."
@@ -859,7 +845,8 @@ def _run(model, processor, records, held_out, rewards, s):
     sampler = Sampler(model, processor, records, rewards, s)
     sampler.start = _Start(model) if again and s["beta"] else None
     sampler.family = family
-    config = _config(s, records, held_out, model, rewards)
+    config = run_config("grpo", s, records, held_out, model)
+    config["reward_funcs"] = [reward_name(reward) for reward in rewards]
     options = dict(name="grpo", plot=s["plot"], report_to=s["report_to"])
     options["resume_from_checkpoint"] = s["resume_from_checkpoint"]
     with open_run(s["output_dir"], config, **options) as log:

@@ -1082,7 +1082,9 @@ def _gain(train, key="loss"):
     vs = [r[key] for r in train if r.get(key) is not None]
     if not vs:
         return f"no {key} yet"
-    return f"{key} {_short(vs[0])} → {_short(smooth(vs,_weight(len(vs)))[-1])}"
+    lost = train[-1].get(key, 0) is None  # written as null: infinite, or no number
+    last = "no number" if lost else _short(smooth(vs, _weight(len(vs)))[-1])
+    return f"{key} {_short(vs[0])} → {last}"
 
 # %% ../nbs/10_runlog.ipynb #e90a28c4
 def status_line(

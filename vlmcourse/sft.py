@@ -41,7 +41,7 @@ from .vlm import encode, load_vlm, set_gradient_checkpointing, to_device
 __all__ = ['LABEL_LOOK', 'LOOP_SETTINGS', 'KEEP_SETTINGS', 'PLATEAU', 'SFT_SCHEDULES', 'token_loss', 'answer_loss', 'token_jobs',
            'show_labels', 'sft_loss', 'Features', 'EncodedRecords', 'join', 'join_shared', 'make_batch',
            'check_settings', 'data_hash', 'versions', 'validation_loss', 'val_metrics', 'Run', 'train', 'with_adapter',
-           'save_final', 'make_checkpoints', 'with_question', 'step_of', 'run_scores']
+           'run_config', 'save_final', 'make_checkpoints', 'with_question', 'step_of', 'run_scores']
 
 # %% ../nbs/14_sft.ipynb #ac7cf52c
 def token_loss(
@@ -433,7 +433,7 @@ def train(
     model = with_adapter(model, lora_r, lora_alpha)
     set_gradient_checkpointing(model, gradient_checkpointing)
     settings["learning_rate"] = learning_rate or _usual_rate(model)
-    config = _config(settings, records, held_out, model)
+    config = run_config("sft", settings, records, held_out, model)
     options = dict(name="sft", plot=plot, report_to=report_to)
     options["resume_from_checkpoint"] = resume_from_checkpoint
     with open_run(output_dir, config, **options) as log:
@@ -460,12 +460,18 @@ def _usual_rate(model):
     return 2e-3 if count_trainable(model)["total"] < 5e7 else 2e-4
 
 # %% ../nbs/14_sft.ipynb #835dcf75
-def _config(settings, records, held_out, model):
-    "What the log keeps about the run."
-    config = {"method": "sft", **settings, "versions": versions()}
+def run_config(
+    method: str,  # "sft", "dpo" or "grpo"
+    settings: dict,  # of the training; data and val_data may be paths
+    records: list,  # what was read from data
+    held_out: list | None,  # what was read from val_data
+    model,  # the model with its adapter
+) -> dict:  # settings, versions, fingerprints of the data, size of the adapter
+    "What the log of a run keeps about it."
+    config = {"method": method, **settings, "versions": versions()}
     for name, found in (("data", records), ("val_data", held_out)):
         is_path = isinstance(settings[name], (str, Path))
-        count = None if found is None else f"list of {len(found)} records"
+        count = None if found is None else f"list of {len(found)}"
         config[name] = str(settings[name]) if is_path else count
         config[f"{name}_hash"] = found and data_hash(found)
     lora = model.peft_config["default"]
