@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -155,7 +156,7 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context, times, memory = multiprocessing.get_context("spawn"), {}, {}
-    for _ in range(args.rounds):
+    for number in range(1, args.rounds + 1):
         queue, turn = context.Queue(), context.Lock()
         for way in WAYS:  # one after the other within a round; rounds repeat the order
             process = context.Process(target=worker, args=(queue, turn, way, args))
@@ -168,6 +169,7 @@ def main():
             limit, flops = more or (0, 0)
             times.setdefault(name, []).append(statistics.median(found))
             memory[name] = max(memory.get(name, 0), peak)
+            print(f"round {number} of {args.rounds}: {name} {times[name][-1]:.3f} s a step", file=sys.stderr, flush=True)
     print(f"{args.size}: {args.prompts} questions × {args.generations} answers × {args.tokens} tokens, one thread, {args.rounds} rounds of {args.reps} steps")
     for way in WAYS:
         ratios = sorted(t / o for t, o in zip(times["trl"], times[way]))
