@@ -87,11 +87,12 @@ def sum_gradients(model, # the model; gradients are added to those it has
                   loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
                   batches, # the pieces of one large batch
                   *,
+                  params:list|None=None, # the weights that are trained; None: looked up in the model, which takes a while
                   bf16:bool=False, # multiply in bfloat16 where that is safe (difficulty 9)
                   team=None, # the `Team` of processes that share the batch (difficulty 10); None: alone
                  )->tuple: # loss per item of the whole, number of items, more metrics per item
     "Gradients of the mean loss over all items of all pieces."
-    params = [p for p in model.parameters() if p.requires_grad]; device = params[0].device
+    params = params or [p for p in model.parameters() if p.requires_grad]; device = params[0].device
     total,items,more = 0.,0,{}
     for batch in batches:
         with torch.autocast(device.type,torch.bfloat16,enabled=bf16):
@@ -127,9 +128,9 @@ def train_step(model, # the model
               )->tuple: # loss per item, length of the gradient before clipping, items, more metrics
     "One step: gradients of all pieces, checks, clipping, change of the weights."
     optimizer.zero_grad()
-    loss,items,more = sum_gradients(model,loss_fn,batches,bf16=bf16,team=team)
-    _require_finite(loss,"loss",where)
     params = [p for g in optimizer.param_groups for p in g["params"]]
+    loss,items,more = sum_gradients(model,loss_fn,batches,params=params,bf16=bf16,team=team)
+    _require_finite(loss,"loss",where)
     norm = clip_grad_norm_(params,max_grad_norm or math.inf).item()
     _require_finite(norm,"gradient",where)
     optimizer.step()
