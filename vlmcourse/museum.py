@@ -270,7 +270,7 @@ def _on_shelves(rng, contents, boards):
     for slot,(shape,*rest) in zip(sorted(slots[:n]),contents):
         wide = _width(shape,rest[-1]); place = stand(slot,wide,min(_between(rng,.29,.37),.155/wide))
         vases.append(Vase(shape,*rest,**place,flip=bool(rng.integers(2)),seed=int(rng.integers(2**31))))
-    kinds = rng.permutation(THINGS).tolist()[:_pick(rng,[0,0,0,1,1,2])]     # half of the shelves hold nothing but vases
+    kinds = rng.permutation(THINGS).tolist()[:_pick(rng,[0,0,0,1,1,2])]     # half of the shelves hold nothing but vases, and those without room
     for slot,kind in zip(sorted(slots[n:n+len(kinds)]),kinds): things.append(Thing(kind,**stand(slot,.5,_between(rng,.16,.22))))
     return tuple(vases),tuple(things)
 
@@ -553,7 +553,7 @@ def make_record(scenes:list, # scenes shown
 
 # %% ../nbs/01_museum.ipynb #1b4fef8e
 def make_records(n:int,            # how many records
-                 tasks:list|None=None, # kinds of questions, asked in turn; None for all of TASKS
+                 tasks:list|None=None, # kinds of questions, asked in turn; None for all of TASKS but `card`
                  *,
                  split:str="train", # "train", "val" or "test"; never share a scene
                  seed:int=0,       # the same seed gives the same records
