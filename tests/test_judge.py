@@ -231,6 +231,7 @@ def test_again_asks_once_more_for_what_could_not_be_used(tmp_path):
         assert judge.score_many(items, progress=False)[0].cached
         assert judge.score_many(items, progress=False, again=True)[0].correct is True
         assert judge.score_many(items, progress=False, again=True)[0].cached and server.requests == 2
+        assert len({headers["idempotency-key"] for headers in server.headers}) == 2         # the same key might bring the same reply
         assert a_judge(server, cache=tmp_path / "c").score("q", "a", "b").correct is True
 
 

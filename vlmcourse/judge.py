@@ -507,7 +507,7 @@ async def _ask(self:Judge, client, name, body, run):
     self.cache.add("asked", ask, key=name, tokens=tokens, cost=cost)
     run.flying, run.sent = run.flying + 1, run.sent + 1
     limits = dict(timeout=self.timeout, most=self.max_bytes)
-    try: got = await _send(client, body, name, **limits)
+    try: got = await _send(client, body, self._sent_as(name), **limits)
     finally: run.flying -= 1
     got.error, got.reply = map(self._clean, (got.error, got.reply))
     if got.error is None:
@@ -519,6 +519,12 @@ async def _ask(self:Judge, client, name, body, run):
     cost = cost_of(used, self.prices)
     self.cache.add(state, ask, key=name, tokens=used, cost=cost, **more)
     return got
+
+@patch
+def _sent_as(self:Judge, name):
+    "The Idempotency-Key of a question; another one when a reply could not be used."
+    known = self.cache.answers.get(name)  # only again=True asks in spite of it
+    return name if known is None else f"{name}-after-{known['ask']}"
 
 @patch
 def _clean(self:Judge, text):
