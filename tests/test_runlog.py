@@ -3,7 +3,8 @@ import csv, json, math, os, random, shutil, signal, subprocess, sys, threading, 
 import pytest
 
 from vlmcourse import runlog
-from vlmcourse.runlog import (RunLog, ask_run, clean_config, curve_svg, epoch_table, is_running, log_html, plot_log, read_log, read_samples, smooth,
+from vlmcourse.curves import curve_svg, epoch_table, smooth
+from vlmcourse.runlog import (RunLog, ask_run, clean_config, is_running, log_html, plot_log, read_log, read_samples,
                               status_line, tracker_tag)
 
 

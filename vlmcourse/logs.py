@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 from .core import atomic_path
-from .runlog import RunLog, _in_notebook, _log_file, curve_svg, epoch_table
-from .runlog import is_running, plot_log, read_log
+from .curves import PLACES, curve_svg, epoch_table
+from .runlog import RunLog, in_notebook, is_running, log_file, plot_log, read_log
 
 # %% auto #0
 __all__ = ['log_table', 'metric_names', 'metric_rows', 'run_line', 'log_summary', 'plot_run', 'text_curve', 'export_log',
@@ -50,8 +50,6 @@ def _ends(rows, metric):
     return _mean(seen[:n]), _mean(seen[-n:]), "fifth"
 
 # %% ../nbs/10a_logs.ipynb #3af6ca03
-_places = ("step", "epoch", "samples")
-
 def _clean(text):
     "Text without signs that steer a terminal."
     return "".join(c if c.isprintable() else "?" for c in str(text))
@@ -65,7 +63,7 @@ def metric_names(
     "The metrics of a log that have at least one value."
     log = _as_log(run)
     def names(rows):
-        return [k for k in dict.fromkeys(k for r in rows for k in r) if k not in _places
+        return [k for k in dict.fromkeys(k for r in rows for k in r) if k not in PLACES
                 and any(isinstance(r.get(k), (int, float)) for r in rows)]
     return {"train": names(log["train_history"]), "val": names(log["val_history"])}
 
@@ -221,7 +219,7 @@ def export_log(
 # %% ../nbs/10a_logs.ipynb #ee969bcf
 def _look(path):
     "(what changes when the file changes, the record or None while it is being written)"
-    file = _log_file(Path(path)); seen = file.stat()
+    file = log_file(Path(path)); seen = file.stat()
     try: log = read_log(file)
     except ValueError:
         if file.name == "training_log.json": raise
@@ -284,7 +282,7 @@ class _Screen:
     "Where a watched run is shown: a notebook, a terminal, or a file of lines."
     def __init__(self, plot):
         self.plot, self.handle, self.drawn = plot, None, 0.
-        self.notebook, self.terminal = _in_notebook(), sys.stdout.isatty()
+        self.notebook, self.terminal = in_notebook(), sys.stdout.isatty()
     def show(self, log):
         over = log["status"] not in ("running", "unknown")
         now, wait = time.monotonic(), .2 if self.notebook else 2

@@ -21,10 +21,10 @@ from fastcore.basics import patch
 
 from .boxes import Html, picture_html
 from .core import run_dir
-from .runlog import _axes, _band, _blue, _epoch_points, _legend, _line
-from .runlog import _log_file, _marker, _orange, _points, _short, _thin, _time
-from .runlog import _unit_metrics, _weight, ask_run, curve_svg, is_running
-from .runlog import read_log, read_samples, smooth
+from .curves import BLUE, ORANGE, curve_svg, epoch_points, metric_points
+from .curves import short_number, smooth, smoothing_weight, svg_axes, svg_band
+from .curves import svg_legend, svg_line, svg_marker, thin, time_words, unit_metrics
+from .runlog import ask_run, is_running, log_file, read_log, read_samples
 
 # %% auto #0
 __all__ = ['POWERS', 'EVERY', 'RANGES', 'PANEL_KEEPS', 'FIRST', 'SMOOTHINGS', 'log_stops', 'Field', 'form_fields', 'form_table',
@@ -489,23 +489,23 @@ def metric_svg(
     size: tuple = (440, 250),  # px
 ) -> str:  # SVG text
     "One metric of a run: each step, smoothed, epoch means, validation."
-    train = _points(log["train_history"], metric)
-    val = _points(log["val_history"], f"val_{metric}")
+    train = metric_points(log["train_history"], metric)
+    val = metric_points(log["val_history"], f"val_{metric}")
     last = max([last or 1, *(step for step, _ in train + val)])
-    found = _epoch_points(log["train_history"], metric) if means else []
+    found = epoch_points(log["train_history"], metric) if means else []
     box = (50, 26, size[0] - 14, size[1] - 40)
     values = [y for _, y in train + val] + [mean for _, mean, _ in found]
-    s, X, Y = _axes(box, (0, last), _limits(values), "training step", metric)
-    weight = _weight(len(train)) if smoothing is None else smoothing
+    s, X, Y = svg_axes(box, (0, last), _limits(values), "training step", metric)
+    weight = smoothing_weight(len(train)) if smoothing is None else smoothing
     even = smooth([y for _, y in train], weight)
     raw = [(X(x), Y(y)) for x, y in train]
     bold = [(x, Y(y)) for (x, _), y in zip(raw, even)]
-    s += _band(found, X, Y)
-    s += [_line(_thin(raw), _blue, 'stroke-width="1.2" opacity=".4"'),
-          _line(_thin(bold), _blue, 'stroke-width="2.4"')]
-    if len(raw) == 1: s.append(_marker(0, *raw[0], _blue))
-    s += [_marker(3, X(x), Y(y), _orange) for x, y in val]
-    s += _legend(box, bool(train), bool(val), bool(found))
+    s += svg_band(found, X, Y)
+    s += [svg_line(thin(raw), BLUE, 'stroke-width="1.2" opacity=".4"'),
+          svg_line(thin(bold), BLUE, 'stroke-width="2.4"')]
+    if len(raw) == 1: s.append(svg_marker(0, *raw[0], BLUE))
+    s += [svg_marker(3, X(x), Y(y), ORANGE) for x, y in val]
+    s += svg_legend(box, bool(train), bool(val), bool(found))
     return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 '
         f'{size[0]} {size[1]}" style="width:100%;max-width:{size[0]}px;'
         f'font-family:sans-serif">{"".join(s)}</svg>')
@@ -520,14 +520,14 @@ def progress_line(
     "How far a run is and what it gained."
     rows, total = log["train_history"], log.get("total_steps")
     if not rows: return f"{note or log['status']}: no step yet"
-    step, losses = rows[-1]["step"], [loss for _, loss in _points(rows, "loss")]
-    even = smooth(losses, _weight(len(losses)))
+    step, losses = rows[-1]["step"], [loss for _, loss in metric_points(rows, "loss")]
+    even = smooth(losses, smoothing_weight(len(losses)))
     text = f"{note or log['status']}: step {step}" + (f" of {total}" if total else "")
-    if losses: text += f", loss {_short(losses[0])} → {_short(even[-1])}"
+    if losses: text += f", loss {short_number(losses[0])} → {short_number(even[-1])}"
     if broken := len(rows) - len(losses): text += f", {broken} without a number"
     if log["status"] != "running" or not rate: return text
-    left = f", {_time((total - step) / rate)} left" if total and not note else ""
-    return text + (f", {_short(rate)} steps/s" if not note else "") + left
+    left = f", {time_words((total - step) / rate)} left" if total and not note else ""
+    return text + (f", {short_number(rate)} steps/s" if not note else "") + left
 
 # %% ../nbs/11_panel.ipynb #e5a82bc3
 def samples_html(
@@ -581,7 +581,7 @@ def _bar(log):
     "HTML of the progress bar."
     rows, total = log["train_history"], log.get("total_steps")
     done = 100 * min(1, rows[-1]["step"] / total) if rows and total else 0
-    colour = dict(running=_blue, finished="#2a9d6f").get(log["status"], _orange)
+    colour = dict(running=BLUE, finished="#2a9d6f").get(log["status"], ORANGE)
     look = "height:4px;border-radius:2px"
     return (f'<div style="{look};max-width:900px;background:#8884;margin:4px 0 8px">'
         f'<div style="{look};width:{done:.1f}%;background:{colour}"></div></div>')
@@ -595,7 +595,7 @@ def _charts(log, smoothing, means, more):
     names += [more] * (more in seen - {"loss", "reward"})
     options = dict(smoothing=smoothing, means=means, last=last)
     charts = [metric_svg(log, name, **options) for name in names]
-    if _unit_metrics(log["val_history"]):
+    if unit_metrics(log["val_history"]):
         charts.insert(1, curve_svg([], log["val_history"], metrics=(), total_steps=last,
                                    width=440))
     look = "flex:1 1 320px;max-width:440px"
@@ -688,7 +688,7 @@ def ask(
 # %% ../nbs/11_panel.ipynb #673984c6
 def _news(folder):
     "Time and size of the files of a run, to see whether anything is new."
-    try: paths = [_log_file(folder), folder / "samples.jsonl"]
+    try: paths = [log_file(folder), folder / "samples.jsonl"]
     except FileNotFoundError: return {}
     found = {path.name: path.stat() for path in paths if path.exists()}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
@@ -811,7 +811,7 @@ def _over(self: Dashboard):
     try: status = read_log(self.folder)["status"]
     except (ValueError, OSError): return True  # removed or damaged
     if status == "unknown":  # another trainer's log: it does not say
-        return time() - _log_file(self.folder).stat().st_mtime > 120
+        return time() - log_file(self.folder).stat().st_mtime > 120
     return status != "running" or is_running(self.folder) is False
 
 

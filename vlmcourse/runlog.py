@@ -15,11 +15,14 @@ from time import perf_counter
 from uuid import uuid4
 from fastcore.basics import patch
 from .core import atomic_path, inside, read_json, run_dir, write_text
+from .curves import BLUE, GREEN, ORANGE, PLACES, curve_svg, epoch_of
+from .curves import epoch_points, epoch_table, metric_points, short_number
+from .curves import smooth, smoothing_weight, time_words
 from .formats import open_image
 
 # %% auto #0
-__all__ = ['clean_config', 'epoch_table', 'RunLog', 'is_running', 'ask_run', 'read_samples', 'tracker_tag', 'smooth', 'curve_svg',
-           'status_line', 'log_html', 'read_log', 'plot_log']
+__all__ = ['clean_config', 'RunLog', 'is_running', 'ask_run', 'read_samples', 'tracker_tag', 'status_line', 'log_html',
+           'in_notebook', 'log_file', 'read_log', 'plot_log']
 
 # %% ../nbs/10_runlog.ipynb #d75353cc
 def _number(name, v):
@@ -91,55 +94,6 @@ def clean_config(
         return _hide(str(config))
     # a function, a model …
     return getattr(config, "__name__", None) or f"<{type(config).__name__}>"
-
-# %% ../nbs/10_runlog.ipynb #d22611cd
-_places = ("step", "epoch", "samples")  # where a row is; all else is a metric
-
-
-def _epoch_of(row):
-    "The number of the epoch a row lies in, from 1; 0: before the training."
-    e = row.get("epoch")
-    return None if e is None else math.ceil(e - 1e-9)
-
-
-def _mean_std(values):
-    "Mean and standard deviation; nothing when there are no values."
-    if not values:
-        return None, None
-    n = len(values)
-    try:
-        mean = math.fsum(v / n for v in values)
-    except OverflowError:
-        return None, None  # beyond what a number can hold
-    try:
-        return mean, math.sqrt(math.fsum((v - mean) ** 2 / n for v in values))
-    except OverflowError:
-        return mean, None
-
-# %% ../nbs/10_runlog.ipynb #33c402bf
-def epoch_table(
-    rows: list,  # rows of train_history or of val_history
-) -> list:  # epoch, rows, first_step, last_step, samples, <metric>_mean, _std
-    "Mean and standard deviation of every metric in every epoch."
-    groups, table = {}, []
-    for row in rows:
-        groups.setdefault(_epoch_of(row), []).append(row)
-    names = list(dict.fromkeys(k for row in rows for k in row if k not in _places))
-    for epoch in sorted(groups, key=lambda e: math.inf if e is None else e):
-        group = groups[epoch]
-        steps = [r["step"] for r in group]
-        line = dict(
-            epoch=epoch,
-            rows=len(group),
-            first_step=min(steps),
-            last_step=max(steps),
-            samples=group[-1].get("samples"),
-        )
-        for k in names:
-            mean, std = _mean_std([r[k] for r in group if r.get(k) is not None])
-            line |= {f"{k}_mean": mean, f"{k}_std": std}
-        table.append(line)
-    return table
 
 # %% ../nbs/10_runlog.ipynb #7560910c
 def _csv_text(table):
@@ -258,7 +212,7 @@ def _add(self: RunLog, which, row):
     self._last_row = perf_counter()
     self.note = ""
     full = (
-        len(rows) < 2 or _epoch_of(row) != _epoch_of(rows[-2]) or row["epoch"] % 1 == 0
+        len(rows) < 2 or epoch_of(row) != epoch_of(rows[-2]) or row["epoch"] % 1 == 0
     )
     now = perf_counter()
     if which or self.status != "running":
@@ -332,9 +286,9 @@ def val(
         self._display.line(
             f"validation at step {step}: "
             + ", ".join(
-                f"{k[4:]} {_short(v)}"
+                f"{k[4:]} {short_number(v)}"
                 for k, v in self.val_history[-1].items()
-                if k not in _places
+                if k not in PLACES
             )
         )
 
@@ -357,7 +311,7 @@ def best(
     self._write()
     if self._display:
         self._display.line(
-            f"best so far: {metric} {_short(numbers['value'])} at step {step}, "
+            f"best so far: {metric} {short_number(numbers['value'])} at step {step}, "
             f"saved in {path}"
         )
 
@@ -774,317 +728,15 @@ class _Trackers:
         for name in list(self.boards):
             self._try(name, lambda b: b.close())
 
-# %% ../nbs/10_runlog.ipynb #9761d934
-def smooth(
-    values,  # numbers; None where there is none
-    weight: float,  # share of the old mean in the new one, 0 (no smoothing) to below 1
-) -> list:  # as many numbers as `values`
-    "Exponential moving average, corrected for its start."
-    out, mean, rest = [], 0.0, 1.0
-    for v in values:
-        if v is not None:
-            mean, rest = weight * mean + (1 - weight) * v, rest * weight
-        out.append(mean / (1 - rest) if rest < 1 else None)
-    return out
-
-# %% ../nbs/10_runlog.ipynb #8cbbfbc9
-def _ticks(lo, hi, n=4):
-    "About `n` round numbers from `lo` to `hi`."
-    if not lo < hi:
-        return [lo]
-    size = 10.0 ** math.floor(math.log10((hi - lo) / n))
-    gap = next(m * size for m in (1, 2, 5, 10) if m * size * n >= (hi - lo) * 0.999)
-    return [
-        k * gap
-        for k in range(math.ceil(lo / gap - 1e-9), math.floor(hi / gap + 1e-9) + 1)
-    ]
-
-
-def _short(v):
-    "A number in at most four characters or so."
-    return "?" if v is None else f"{v:.3g}"
-
-# %% ../nbs/10_runlog.ipynb #f881a241
-def _text(text, x, y, anchor="start"):
-    "A piece of text at a place in px."
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" '
-        f'fill="currentColor">{escape(text)}</text>'
-    )
-
-
-def _line(points, colour, extra=""):
-    "A curve through pixel points."
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return (
-        f'<polyline points="{places}" fill="none" stroke="{colour}" '
-        f'stroke-linejoin="round" {extra}/>'
-    )
-
-# %% ../nbs/10_runlog.ipynb #acb72eb4
-def _axes(box, xlim, ylim, xlabel, ylabel):
-    "SVG of a frame and functions from values to px; `box`: left, top, right, bottom."
-    l, t, r, b = box
-    (x0, x1), (y0, y1) = xlim, ylim
-    X = lambda v: l + (v - x0) / ((x1 - x0) or 1) * (r - l)
-    Y = lambda v: b - (v - y0) / ((y1 - y0) or 1) * (b - t)
-
-    def rule(v):
-        return (
-            f'<line x1="{l}" x2="{r}" y1="{Y(v):.1f}" y2="{Y(v):.1f}" '
-            f'stroke="currentColor" opacity="{.45 if v==y0 else .15}"/>'
-        )
-
-    s = [rule(v) + _text(_short(v), l - 6, Y(v) + 4, "end") for v in _ticks(y0, y1)]
-    s += [
-        _text(f"{v:,.0f}", X(v), b + 15, "middle")
-        for v in _ticks(x0, x1, 5)
-        if v == int(v)
-    ]
-    s += [
-        _text(xlabel, (l + r) / 2, b + 31, "middle"),
-        f'<g transform="translate({l-38},{(t+b)/2}) rotate(-90)">'
-        f'{_text(ylabel,0,0,"middle")}</g>',
-    ]
-    return s, X, Y
-
-# %% ../nbs/10_runlog.ipynb #d149dbf1
-def _thin(points, n=300):
-    "At most about `2*n` points: the lowest and highest of each group of neighbours."
-    if len(points) <= 2 * n:
-        return points
-    k, out = len(points) / n, []
-    for i in range(n):
-        group = points[int(i * k) : int((i + 1) * k)]
-        out += sorted({min(group, key=lambda p: p[1]), max(group, key=lambda p: p[1])})
-    return out
-
-# %% ../nbs/10_runlog.ipynb #8867d703
-_blue, _orange = "#3b82d8", "#e8843a"
-_styles = [
-    ("#2a9d6f", ""),
-    (_orange, "5 3"),
-    ("#a768d8", "2 3"),
-    ("#c9a227", "8 3 2 3"),
-]  # dashes
-
-
-def _marker(i, x, y, colour):
-    "A circle, square, triangle or diamond."
-    if i % 4 == 0:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-    pts = [
-        [(-4, -4), (4, -4), (4, 4), (-4, 4)],
-        [(0, -5), (5, 4), (-5, 4)],
-        [(0, -5), (5, 0), (0, 5), (-5, 0)],
-    ][i % 4 - 1]
-    return (
-        f'<polygon points="{" ".join(f"{x+a:.1f},{y+b:.1f}" for a,b in pts)}" '
-        f'fill="{colour}"/>'
-    )
-
-# %% ../nbs/10_runlog.ipynb #6579fa40
-def _weight(n):
-    "Smoothing weight for n points: the old mean is halved in a fiftieth of the curve."
-    return 0.5 ** (1 / max(1, n / 50)) if n >= 8 else 0.0
-
-
-def _points(rows, metric, most=math.inf):
-    "Steps and values of a metric, cut off at `most` and its negative."
-    return [
-        (r["step"], min(most, max(-most, r[metric])))
-        for r in rows
-        if r.get(metric) is not None
-    ]
-
-
-def _unit_metrics(val):
-    "Names of the validation metrics with all values between 0 and 1, without losses."
-    names = dict.fromkeys(
-        k for r in val for k in r if k.startswith("val_") and "loss" not in k
-    )
-    seen = {k: [v for _, v in _points(val, k)] for k in names}
-    return [k for k, vs in seen.items() if vs and all(0 <= v <= 1 for v in vs)][:4]
-
-# %% ../nbs/10_runlog.ipynb #00c56e29
-_green = "#2a9d6f"
-
-
-def _epoch_points(rows, metric):
-    "Middle step, mean and standard deviation of each epoch; nothing below two epochs."
-    table = [r for r in epoch_table(rows) if r.get(f"{metric}_mean") is not None]
-    if len(table) < 2:
-        return []
-    out = []
-    for r in table:
-        mean, std = r[f"{metric}_mean"], r[f"{metric}_std"] or 0.0
-        if abs(mean) + std > 1e300:
-            mean, std = min(1e300, max(-1e300, mean)), 0.0
-        out.append(((r["first_step"] + r["last_step"]) / 2, mean, std))
-    return out
-
-
-def _band(points, X, Y):
-    "SVG of the means of the epochs and of the band around them."
-    if not points:
-        return []
-    edge = [(X(x), Y(m + s)) for x, m, s in points] + [
-        (X(x), Y(m - s)) for x, m, s in points[::-1]
-    ]
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
-    means = [(X(x), Y(m)) for x, m, _ in points]
-    return [
-        f'<polygon points="{places}" fill="{_green}" opacity=".18"/>',
-        _line(means, _green, 'stroke-width="1.6" stroke-dasharray="6 3"'),
-    ] + [_marker(1, x, y, _green) for x, y in means]
-
-# %% ../nbs/10_runlog.ipynb #4b55f2b7
-def _train_panel(train, val, box, last, metric="loss", epochs=False):
-    "SVG of the curve of one metric."
-    pts, vpts = _points(train, metric, 1e300), _points(val, f"val_{metric}", 1e300)
-    means = _epoch_points(train, metric) if epochs else []
-    ys = [y for _, y in pts + vpts] or [1.0]
-    ys += [m + s for _, m, s in means] + [m - s for _, m, s in means]
-    lo = min(0.0, min(ys))
-    hi = max(ys) if max(ys) > lo else lo + 1
-    s, X, Y = _axes(box, (0, max(last, 1)), (lo, hi * 1.04), "training step", metric)
-    raw = [(X(x), Y(y)) for x, y in pts]
-    even = smooth([y for _, y in pts], _weight(len(pts)))
-    even = [(x, Y(y)) for (x, _), y in zip(raw, even)]
-    s += _band(means, X, Y)
-    s.append(_line(_thin(raw), _blue, 'stroke-width="1.2" opacity=".38"'))
-    if even:
-        s.append(
-            _line(
-                [*even[:: max(1, len(even) // 300)], even[-1]],
-                _blue,
-                'stroke-width="2.4"',
-            )
-        )
-    s += [_marker(3, X(x), Y(y), _orange) for x, y in vpts]
-    return s + _legend(box, bool(pts), bool(vpts), bool(means))
-
-# %% ../nbs/10_runlog.ipynb #7b07e4d8
-def _legend(box, train, val, means=False):
-    "What the lines of a panel mean, above it."
-    item = []
-    if train:
-        item += [
-            (
-                _line([(0, 0), (16, 0)], _blue, 'stroke-width="1.2" opacity=".45"'),
-                "each step",
-            ),
-            (_line([(0, 0), (16, 0)], _blue, 'stroke-width="2.4"'), "smoothed"),
-        ]
-    if val:
-        item.append((_marker(3, 8, 0, _orange), "validation"))
-    if means:
-        item.append((_marker(1, 8, 0, _green), "epoch mean"))
-    wide = min(86, (box[2] - box[0]) / max(1, len(item)))
-    return [
-        f'<g transform="translate({box[0]+2+wide*i:.0f},{box[1]-12})">{mark}'
-        f"{_text(name,20,4)}</g>"
-        for i, (mark, name) in enumerate(item)
-    ]
-
-# %% ../nbs/10_runlog.ipynb #7207f37c
-def _metric_panel(val, names, box, last):
-    "SVG of the validation metrics between 0 and 1, each with its last value."
-    s, X, Y = _axes(
-        box, (0, max(last, 1)), (0, 1), "training step", "validation (0 to 1)"
-    )
-    for i, k in enumerate(names):
-        colour, dash = _styles[i]
-        pts = [(X(x), Y(v), v) for x, v in _points(val, k)]
-        s.append(
-            _line(
-                [p[:2] for p in pts],
-                colour,
-                f'stroke-width="2" stroke-dasharray="{dash}"',
-            )
-        )
-        s += [_marker(i, x, y, colour) for x, y, _ in pts]
-        name = f'{k.removeprefix("val_")} {pts[-1][2]:.3f}'
-        s.append(
-            f'<g transform="translate({box[0]+4},{box[3]+48+15*i})">'
-            f"{_marker(i,0,-4,colour)}{_text(name,10,0)}</g>"
-        )
-    return s
-
-# %% ../nbs/10_runlog.ipynb #9815ca05
-def _boxes(n, width, height, wide):
-    "Places of n panels, two in a row; of two in one row the first may be wider."
-    split = int(width * 0.6) if wide else width // 2
-    ends = (
-        [(50, width - 20)]
-        if n == 1
-        else [(50, split - (0 if wide else 14)), (split + 66, width - 20)]
-    )
-    return [
-        (
-            ends[i % 2][0],
-            26 + height * (i // 2),
-            ends[i % 2][1],
-            height * (i // 2) + height - 40,
-        )
-        for i in range(n)
-    ]
-
-# %% ../nbs/10_runlog.ipynb #a199412e
-def curve_svg(
-    train: list,  # rows with step and loss
-    val: list = (),  # rows with step and val_ metrics
-    *,
-    total_steps: int | None = None,  # right end of the axis; None: the last step
-    width: int = 680,  # px
-    height: int = 250,  # px of one row of panels
-    metrics=None,  # names from the rows; None: loss, and reward and kl if any
-    epochs: bool = False,  # draw the mean of each epoch too, with a band of one std
-) -> str:  # SVG text
-    "The curves of a run as a picture: loss and others, and validation metrics."
-    last = total_steps or max([r["step"] for r in [*train, *val]], default=1)
-    if metrics is None:
-        metrics = ["loss", *(k for k in ("reward", "kl") if _points(train, k))]
-    names = _unit_metrics(val)
-    n = len(metrics) + bool(names)
-    boxes = _boxes(n, width, height, wide=n == 2 and bool(names))
-    if len(metrics) == 1 and names:
-        boxes[0] = (50, 26, int(width * 0.6), height - 40)
-    s = [
-        x
-        for k, box in zip(metrics, boxes)
-        for x in _train_panel(train, val, box, last, k, epochs)
-    ]
-    if names:
-        s += _metric_panel(val, names, boxes[-1], last)
-    height = (
-        height * ((n + 1) // 2) + max(0, 15 * len(names) - 4) + (12 if names else 0)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'role="img" style="width:100%;max-width:{width}px;font-family:sans-serif">'
-        f'{"".join(s)}</svg>'
-    )
-
 # %% ../nbs/10_runlog.ipynb #7b7d81cd
-def _time(s):
-    "Seconds in words."
-    if s < 9.95:
-        return f"{s:.1f} s"
-    s = round(s)
-    if s < 60:
-        return f"{s} s"
-    return f"{s//60} min {s%60} s" if s < 3600 else f"{s//3600} h {s%3600//60} min"
-
-
 def _gain(train, key="loss"):
     "The first value and the last smoothed one, as text."
     vs = [r[key] for r in train if r.get(key) is not None]
     if not vs:
         return f"no {key} yet"
     lost = train[-1].get(key, 0) is None  # written as null: infinite, or no number
-    last = "no number" if lost else _short(smooth(vs, _weight(len(vs)))[-1])
-    return f"{key} {_short(vs[0])} → {last}"
+    last = "no number" if lost else short_number(smooth(vs, smoothing_weight(len(vs)))[-1])
+    return f"{key} {short_number(vs[0])} → {last}"
 
 # %% ../nbs/10_runlog.ipynb #e90a28c4
 def status_line(
@@ -1092,9 +744,9 @@ def status_line(
 ) -> str:  # one line of text
     "How far a run is, in one line."
     rows, total = log.train_history, log.total_steps
-    step, loss = (rows[-1]["step"], _short(rows[-1]["loss"])) if rows else (0, "?")
+    step, loss = (rows[-1]["step"], short_number(rows[-1]["loss"])) if rows else (0, "?")
     if log.status == "finished":
-        return f"done: {step} steps in {_time(log._seconds)}, {_gain(rows)}"
+        return f"done: {step} steps in {time_words(log._seconds)}, {_gain(rows)}"
     at = f"step {step} of {total}" if total else f"step {step}"
     if log.status != "running":
         return f"{log.status} at {at}, loss {loss}" + (
@@ -1102,11 +754,11 @@ def status_line(
         )
     took, done = perf_counter() - log._began, max(0, step - (log.resumed_at or 0))
     rate = done / took if took > 0 else 0
-    left = f", {_time((total-step)/rate)} left" if total and rate else ""
+    left = f", {time_words((total-step)/rate)} left" if total and rate else ""
     speed = (
         ""
         if not rate
-        else f", {_short(rate)} steps/s" if rate >= 1 else f", {_short(1/rate)} s/step"
+        else f", {short_number(rate)} steps/s" if rate >= 1 else f", {short_number(1/rate)} s/step"
     )
     text = f"{at}, loss {loss}{speed}{left}" if step else "starting"
     return text + (f" ({log.note})" if log.note else "")
@@ -1121,7 +773,7 @@ def log_html(
     text = escape(status_line(log))
     done = step / log.total_steps if log.total_steps else log.status == "finished"
     share = 100 * min(1, done)
-    colour = dict(running=_blue, finished="#2a9d6f").get(log.status, _orange)
+    colour = dict(running=BLUE, finished=GREEN).get(log.status, ORANGE)
     bar = (
         f'<div style="height:4px;max-width:680px;background:#8884;border-radius:2px;'
         f'margin:4px 0 8px"><div style="height:4px;width:{share:.1f}%;'
@@ -1138,7 +790,7 @@ def log_html(
     )
 
 # %% ../nbs/10_runlog.ipynb #db952e27
-def _in_notebook():
+def in_notebook() -> bool:  # False in a terminal, in IPython too
     "Whether a Jupyter kernel runs this."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
@@ -1190,7 +842,7 @@ class _Bar:
             self.bar.initial = self.bar.last_print_n = self.bar.n = log.resumed_at
         row = log.train_history[-1] if log.train_history else dict(step=0, loss=None)
         note = f", {log.note}" if log.note else ""
-        self.bar.set_postfix_str(f"loss {_short(row['loss'])}{note}", refresh=False)
+        self.bar.set_postfix_str(f"loss {short_number(row['loss'])}{note}", refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if log.status != "running" and not self.bar.disable:
             self.bar.close()
@@ -1198,7 +850,7 @@ class _Bar:
 
 
 def _make_display(log, plot):
-    return _Live(log, bool(plot)) if _in_notebook() else _Bar(log)
+    return _Live(log, bool(plot)) if in_notebook() else _Bar(log)
 
 
 @patch
@@ -1410,7 +1062,9 @@ _log_files = (
 )
 
 
-def _log_file(path):
+def log_file(
+    path: Path,  # folder of a run, or a log file; also of TRL, ms-swift and others
+) -> Path:  # the file
     "The log in a folder; a file is itself."
     if not path.is_dir():
         return path
@@ -1437,7 +1091,7 @@ def read_log(
     path: str | Path,  # folder of a run or a log file; also of TRL, ms-swift and others
 ) -> dict:  # status, config, train_history, val_history, best_checkpoint
     "Read the record of a run; it may still be running."
-    path = _log_file(Path(path))
+    path = log_file(Path(path))
     if path.suffix == ".jsonl" and path.exists():
         return _from_lines(path)
     log = read_json(path)
@@ -1453,11 +1107,11 @@ def read_log(
 # %% ../nbs/10_runlog.ipynb #10e0938c
 def _rows_with(log, metric):
     "Steps and values of a metric; an error names those that there are."
-    found = _points(
+    found = metric_points(
         log["val_history" if metric.startswith("val_") else "train_history"], metric
     )
     known = {k for h in ("train_history", "val_history") for r in log[h] for k in r} - {
-        *_places
+        *PLACES
     }
     if not found:
         raise ValueError(
@@ -1469,18 +1123,18 @@ def _rows_with(log, metric):
 
 def _draw_epochs(ax, rows, metric):
     "The mean of each epoch with a band of one standard deviation, on matplotlib axes."
-    if not (points := _epoch_points(rows, metric)):
+    if not (points := epoch_points(rows, metric)):
         return
     x, mean, std = zip(*points)
     ax.fill_between(
         x,
         [m - s for m, s in zip(mean, std)],
         [m + s for m, s in zip(mean, std)],
-        color=_green,
+        color=GREEN,
         alpha=0.18,
         lw=0,
     )
-    ax.plot(x, mean, "s--", color=_green, ms=5, label="epoch mean ± std")
+    ax.plot(x, mean, "s--", color=GREEN, ms=5, label="epoch mean ± std")
 
 # %% ../nbs/10_runlog.ipynb #4c22d415
 def plot_log(
@@ -1501,15 +1155,15 @@ def plot_log(
     if ax is None:
         ax = plt.subplots(figsize=(6, 3))[1]
     if metric.startswith("val_"):
-        ax.plot(x, y, "D-", color=_orange, label=metric)
+        ax.plot(x, y, "D-", color=ORANGE, label=metric)
     else:
         if epochs:
             _draw_epochs(ax, log["train_history"], metric)
-        ax.plot(x, y, color=_blue, alpha=0.35, lw=1, label="each step")
-        ax.plot(x, smooth(y, _weight(len(y))), color=_blue, lw=2.4, label="smoothed")
-    if _points(log["val_history"], f"val_{metric}"):
+        ax.plot(x, y, color=BLUE, alpha=0.35, lw=1, label="each step")
+        ax.plot(x, smooth(y, smoothing_weight(len(y))), color=BLUE, lw=2.4, label="smoothed")
+    if metric_points(log["val_history"], f"val_{metric}"):
         ax.plot(
-            *_rows_with(log, f"val_{metric}"), "D", color=_orange, label="validation"
+            *_rows_with(log, f"val_{metric}"), "D", color=ORANGE, label="validation"
         )
     ax.set(
         xlabel="training step",
