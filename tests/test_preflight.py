@@ -38,13 +38,40 @@ def test_checkpointing_keeps_what_is_estimated():
 
 @pytest.mark.parametrize("settings,check,verdict", [
     (dict(), "steps", "warn"), (dict(max_steps=100), "steps", "pass"), (dict(per_device_train_batch_size=30), "batch", "warn"),
-    (dict(num_generations=8), "groups", "pass"), (dict(num_generations=3), "groups", "fail"), (dict(num_generations=1), "groups", "fail"),
+    (dict(num_generations=8), "groups", "pass"), (dict(num_generations=3), "groups", "pass"), (dict(num_generations=1), "groups", "fail"),
     (dict(num_generations=8, pass_rate=.02), "signal", "warn"), (dict(num_generations=8, pass_rate=.5), "signal", "pass"),
     (dict(per_device_train_batch_size=10**6), "memory", "fail"), (dict(eval_steps=50), "validation", "warn"), (dict(processes=3), "steps", "warn")])
 def test_verdicts(settings, check, verdict):
     report = check_run(RECORDS, device="cpu", **settings)
     assert {r[0]: r[1] for r in report.rows}[check] == verdict
     assert report.ok == (verdict != "fail") and check in repr(report) and "<td>" in report._repr_html_()
+
+
+@pytest.mark.parametrize("wrong", [dict(per_device_train_batch_size=0), dict(gradient_accumulation_steps=0), dict(processes=0), dict(sample=0), dict(max_steps="10"),
+                                   dict(quantize="4-bit"), dict(pass_rate=5), dict(num_train_epochs=0), dict(eval_steps=-1), dict(num_generations=2.)])
+def test_settings_that_no_training_can_have(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=f"check_run: {name}={value!r} cannot work; give "):
+        check_run(RECORDS, device="cpu", **wrong)
+
+
+def test_a_group_needs_memory_for_all_its_answers():
+    needed = [memory(check_run(RECORDS, device="cpu", num_generations=g)) for g in (0, 2, 8)]
+    assert needed[0] < needed[1] < needed[2]
+
+
+def memory(report):
+    return float(next(r[2] for r in report.rows if r[0] == "memory").split(" = ")[1].split()[0])
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_weights_are_estimated(bits):
+    model, _ = load_vlm("tiny", device="cpu", quantize=bits)
+    kept = sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for m in model.modules() if (q := getattr(getattr(m, "weight", None), "quant_state", None))
+                                                           for t in (q.absmax, q.code))
+    ghost, _ = ghost_model("tiny", lora_r=8, dtype=model.get_input_embeddings().weight.dtype)
+    guess = memory_bytes(ghost, batch_size=1, tokens=50, answer_tokens=5, quantize=bits)
+    assert .85 < (guess["weights"]-guess["gradients"])/kept < 1.2 and guess["weights"] < memory_bytes(ghost, batch_size=1, tokens=50, answer_tokens=5)["weights"]
 
 
 def test_too_long_records_and_records_without_answer(monkeypatch):

@@ -171,10 +171,8 @@ def _group_rows(s):
     if not group:
         return
     size = s["per_device_train_batch_size"] * s["gradient_accumulation_steps"] * s["processes"]
-    rest = size % group
-    fine = group >= 2 and not rest
-    yield ("groups", "pass" if fine else "fail", f"{size} answers a step / {group} a group = {size / group:g} questions"
-           + "; must be a whole number, and a group at least 2" * (not fine))
+    yield ("groups", "pass" if group > 1 else "fail", f"{size} questions × {group} answers = {size * group} answers a step"
+           + "; a group needs at least 2, to compare" * (group < 2))
     if s["pass_rate"] is not None:
         lost = no_signal(s["pass_rate"], group)
         yield ("signal", "warn" if lost > 0.5 else "pass",
@@ -195,18 +193,25 @@ def free_bytes(
 BYTES = {"4bit": 0.56, "8bit": 1.06}  # per weight, scales included
 
 
+def _frozen_bytes(ghost, quantize):
+    "Of the weights that are not trained; only matrices of the language model's layers are quantised."
+    few = {id(m.weight) for n, m in ghost.named_modules() if quantize and ".layers." in n and "visual" not in n
+           and "vision" not in n and isinstance(m, torch.nn.Linear)}
+    size = lambda p: BYTES[quantize] if id(p) in few else p.itemsize
+    return sum(p.numel() * size(p) for p in ghost.parameters() if not p.requires_grad)
+
+
 def memory_bytes(
     ghost,  # from `ghost_model`
     *,
     batch_size: int,  # B
     tokens: int,  # T
     answer_tokens: int,  # tokens with loss in a record
-    weight_bytes: float = 4,  # per weight that is not trained
+    quantize: str | None = None,  # "4bit" or "8bit"; None: weights as they are
     gradient_checkpointing: bool = False,  # keep a layer's inputs, compute it again
 ) -> dict:  # bytes of weights, gradients, optimizer, activations
     "What a training holds in memory."
-    counts = count_trainable(ghost)
-    trained, frozen = counts["trainable"], counts["total"] - counts["trainable"]
+    trained = count_trainable(ghost)["trainable"]
     kept = activation_bytes(ghost, batch_size, tokens, answer_tokens)
     if gradient_checkpointing:
         config = ghost.config.get_text_config()
@@ -214,7 +219,7 @@ def memory_bytes(
         scores = 3 * batch_size * answer_tokens * config.vocab_size * 4
         inputs = batch_size * tokens * width * layers * ghost.dtype.itemsize
         kept = (kept - scores) // layers + inputs + scores
-    return dict(weights=frozen * weight_bytes + trained * 4, gradients=4 * trained,
+    return dict(weights=_frozen_bytes(ghost, quantize) + trained * 4, gradients=4 * trained,
                 optimizer=8 * trained, activations=kept)
 
 # %% ../nbs/13e_preflight.ipynb #b1d02f79
@@ -238,6 +243,7 @@ def check_run(
 ) -> Preflight:
     "What a training with these settings would do, before it starts."
     settings = dict(locals())
+    _check_numbers(settings)
     report = check_records(data)
     if report.bad:
         return Preflight([("records", "fail", repr(report))])
@@ -253,6 +259,24 @@ def check_run(
     return Preflight(rows)
 
 # %% ../nbs/13e_preflight.ipynb #12dadf76
+def _check_numbers(s):
+    "Raise on the first argument that no training can have."
+    whole = lambda v, low: type(v) is int and v >= low
+    count, rate = "a whole number from 1 up", s["pass_rate"]
+    rules = {name: (whole(s[name], 1), count) for name in (
+        "per_device_train_batch_size gradient_accumulation_steps processes lora_r sample").split()}
+    rules |= dict(
+        num_train_epochs=(type(s["num_train_epochs"]) in (int, float) and 0 < s["num_train_epochs"] < math.inf, "a number above 0"),
+        max_steps=(whole(s["max_steps"], 1) or s["max_steps"] == -1, "-1 (off) or a number of steps"),
+        eval_steps=(whole(s["eval_steps"], 0), "0 (off) or a number of steps"),
+        num_generations=(whole(s["num_generations"], 0), "0 (no groups) or answers per question"),
+        quantize=(s["quantize"] in (None, *BYTES), f"None or one of {', '.join(BYTES)}"),
+        pass_rate=(rate is None or type(rate) in (int, float) and 0 <= rate <= 1, "None or a share from 0 to 1"))
+    for name, (fine, allowed) in rules.items():
+        if not fine:
+            raise ValueError(f"check_run: {name}={s[name]!r} cannot work; give {allowed}.")
+
+
 def _spread(items, n):
     "At most n of the items, spread evenly."
     return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
@@ -260,10 +284,11 @@ def _spread(items, n):
 
 def _memory_rows(ghost, tokens, device, s):
     "The check of the memory."
+    answer, total = (max(r[k] for r in tokens) for k in ("answer", "total"))
+    more = answer * max(0, s["num_generations"] - 1)  # a group shares its question
     need = memory_bytes(
-        ghost, batch_size=s["per_device_train_batch_size"],
-        tokens=max(r["total"] for r in tokens), answer_tokens=max(r["answer"] for r in tokens),
-        weight_bytes=BYTES.get(s["quantize"], ghost.dtype.itemsize), gradient_checkpointing=s["gradient_checkpointing"])
+        ghost, batch_size=s["per_device_train_batch_size"], tokens=total + more, answer_tokens=answer + more,
+        quantize=s["quantize"], gradient_checkpointing=s["gradient_checkpointing"])
     total, free = sum(need.values()), free_bytes(device)
     sizes = " + ".join(f"{name} {n / 1e9:.2f}" for name, n in need.items())
     verdict = "pass" if total < 0.7 * free else "warn" if total < free else "fail"
