@@ -80,6 +80,12 @@ def load_trained(
         missing = ", ".join(sorted(set(kept) ^ set(now))[:5])
         raise ValueError(f"{folder} was made by another model: {missing} … differ. "
                          "Resume with the model that the run began with.")
+    for name, value in now.items():
+        if kept[name].shape != value.shape:  # copy_ would repeat a smaller one
+            raise ValueError(
+                f"{folder} was made by another model: {name} is {list(kept[name].shape)} "
+                f"there and {list(value.shape)} here. Resume with the model that the run "
+                "began with.")
     with torch.no_grad():
         for name, value in now.items():
             value.copy_(kept[name])
