@@ -107,6 +107,8 @@ def test_paired_gain_is_seeded_and_checked():
     with pytest.raises(ValueError, match="no question"): paired_gain([None], [1])
     a, b = Scores(score_answers(["x"], [record(id="a")])), Scores(score_answers(["x"], [record(id="b")]))
     with pytest.raises(ValueError, match="different questions"): paired_gain(a, b)
+    a, b = (Scores(score_answers(["x"], [record(id="a", answer=truth)])) for truth in ("red", "blue"))  # the same id, another truth
+    with pytest.raises(ValueError, match="different questions"): paired_gain(a, b)
 
 
 def test_learning_to_say_one_word_is_not_skill():
@@ -251,6 +253,9 @@ def test_look_table_sees_who_looks():
     seer, blind = (Scores(score_answers(said, rows)) for said in ([r["answer"] for r in rows], ["red"] * 60))
     assert "The model looks" in repr(look_table(seer, blank=blind)) and "No sign of looking" in repr(look_table(blind, blank=blind, shuffled=blind))
     assert "No sign of looking" in repr(look_table(seer, blank=blind, shuffled=seer))  # the better control counts
+    few = rows[:4]  # 3 of 4 mended: the interval leaves out zero, but a coin does that in one case of four
+    lucky, none = (Scores(score_answers(x, few)) for x in ([r["answer"] for r in few[:3]] + ["no"], ["no"] * 4))
+    assert paired_gain(none, lucky).low > 0 and "No sign of looking" in repr(look_table(lucky, blank=none))
     only_open = Scores(score_answers(["x"], [asked("1", "y", answer_type="OPEN")]))
     assert "No sign" in repr(look_table(only_open, blank=only_open))
     with pytest.raises(ValueError, match="different questions"): look_table(seer, blank=only_open)

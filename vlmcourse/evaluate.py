@@ -304,7 +304,8 @@ def compare_table(
 
 def _same_questions(before, after, name):
     "Stop when two scores are of different questions."
-    if [r["id"] for r in before.rows] != [r["id"] for r in after.rows]:
+    ask = lambda scores: [(r["id"], r["task"], r["truth"]) for r in scores.rows]
+    if ask(before) != ask(after):
         raise ValueError(
             f"{name}: before and after answer different questions. "
             "Evaluate both on the same records."
@@ -381,7 +382,7 @@ def look_table(
         others = [scores.values(task=task) for scores in controls.values()]
         best = max(others, key=lambda vs: sum(v or 0 for v in vs))
         gain = paired_gain(best, values) if any(v is not None for v in values) else None
-        shown.append(bool(gain and gain.low > 0))
+        shown.append(bool(gain and gain.low > 0 and gain.p < 0.05))
         line += [str(gain or "–"), "yes" if shown[-1] else "not shown"]
     verdict = "The model looks at its pictures." if shown[0] else "No sign of looking."
     head = ["task", "n", "right picture", *controls, "gain by looking", "looks?"]
