@@ -281,6 +281,8 @@ def test_html_is_escaped(tmp_path):
         log.finish("failed", error="<script>")
     page = samples_html(tmp_path / "run") + run_picture(tmp_path / "run").html_text
     assert "<script" not in page and "<b>x" not in page and "<u>" not in page and "&lt;script" in page and "✓" in page
+    (tmp_path / "run" / "samples.jsonl").write_text('{"step": "<img src=x>", "question": "q", "answer": "a", "images": []}\n')  # a folder of somebody else
+    assert "<img src=x" not in samples_html(tmp_path / "run")
 
 
 def test_samples_over_time(tmp_path):

@@ -540,7 +540,7 @@ def samples_html(
     rows = read_samples(folder)
     if not rows: return ""
     asked = {}
-    for row in rows: asked.setdefault(str(row["id"]), []).append(row)
+    for row in rows: asked.setdefault(str(row.get("id", "")), []).append(row)
     some = list(asked.values())[:n]
     cards = "".join(_card(said[:1] + said[1:][1 - answers:]) for said in some)
     return ('<div class="vlm-samples" style="display:flex;flex-wrap:wrap;gap:14px;'
@@ -559,7 +559,7 @@ def _card(rows):
                 False: f'<b style="color:{_red}">✗</b> '}[_right(row)]
         text = str(row.get("answer") or "")
         short = text if len(text) <= 160 else "… " + text[-160:]
-        at = f'<div title="{escape(text)}">step {row.get("step")}: {mark}'
+        at = f'<div title="{escape(text)}">step {escape(str(row.get("step")))}: {mark}'
         lines.append(f"{at}{escape(short)}</div>")
     body = pictures + "".join(lines)
     return f'<div style="width:205px;overflow-wrap:anywhere">{body}</div>'
