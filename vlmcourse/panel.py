@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from .boxes import Html, picture_html
 from .core import run_dir
-from .curves import BLUE, ORANGE, curve_svg, epoch_points, metric_points
+from .curves import BLUE, GREEN, ORANGE, curve_svg, epoch_points, metric_points
 from .curves import short_number, smooth, smoothing_weight, svg_axes, svg_band
 from .curves import svg_legend, svg_line, svg_marker, thin, time_words, unit_metrics
 from .runlog import ask_run, is_running, log_file, read_log, read_samples
@@ -555,7 +555,7 @@ def _card(rows):
     if (truth := rows[0].get("truth")) is not None:
         lines.append(f'<div>truth: <b>{escape(str(truth))}</b></div>')
     for row in rows:
-        mark = {None: "", True: '<b style="color:#2a9d6f">✓</b> ',
+        mark = {None: "", True: f'<b style="color:{GREEN}">✓</b> ',
                 False: f'<b style="color:{_red}">✗</b> '}[_right(row)]
         text = str(row.get("answer") or "")
         short = text if len(text) <= 160 else "… " + text[-160:]
@@ -581,7 +581,7 @@ def _bar(log):
     "HTML of the progress bar."
     rows, total = log["train_history"], log.get("total_steps")
     done = 100 * min(1, rows[-1]["step"] / total) if rows and total else 0
-    colour = dict(running=BLUE, finished="#2a9d6f").get(log["status"], ORANGE)
+    colour = dict(running=BLUE, finished=GREEN).get(log["status"], ORANGE)
     look = "height:4px;border-radius:2px"
     return (f'<div style="{look};max-width:900px;background:#8884;margin:4px 0 8px">'
         f'<div style="{look};width:{done:.1f}%;background:{colour}"></div></div>')

@@ -195,8 +195,8 @@ BYTES = {"4bit": 0.56, "8bit": 1.06}  # per weight, scales included
 
 def _frozen_bytes(ghost, quantize):
     "Of the weights that are not trained; only matrices of the language model's layers are quantised."
-    few = {id(m.weight) for n, m in ghost.named_modules() if quantize and ".layers." in n and "visual" not in n
-           and "vision" not in n and isinstance(m, torch.nn.Linear)}
+    decoder = ghost.get_base_model().get_decoder()
+    few = {id(m.weight) for m in decoder.modules() if quantize and isinstance(m, torch.nn.Linear)}
     size = lambda p: BYTES[quantize] if id(p) in few else p.itemsize
     return sum(p.numel() * size(p) for p in ghost.parameters() if not p.requires_grad)
 
