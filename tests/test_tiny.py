@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from vlmcourse import tiny
 from vlmcourse.museum import ANSWER_MARK, SEVERAL, TASKS, THINGS, ask_scene, make_record, make_records, make_scene, scenes_for
 from vlmcourse.tiny import (FAMILIES, HABITS, SIZE, CellHead, Packer, cell_targets, fast_vision, forward_packed, make_processor, make_tiny,
-                            make_tokenizer, pretrain, questions, styled)
+                            make_tokenizer, pretrain, questions, stored_precision, styled)
 from vlmcourse.vlm import SHIPPED, ask_batch, encode, load_vlm
 
 there = [name for name, folder in SHIPPED.items() if folder.is_dir()]
@@ -69,6 +70,32 @@ def test_rows_are_filled_and_never_overflow(family):
             batch = pack([(photos, kept)])
             assert batch["ids"].shape[1] <= room and set(kept) <= set(qas)
             assert len(kept) == len(qas) or batch["ids"].shape[1] > room-100
+
+
+def test_texts_are_read_without_photos(family):
+    "One word is learned of each, yes as often as no, and the stock model computes the same for it, also beside rows with photos."
+    model, processor, pack = family
+    texts = tiny._reading(pack, np.random.default_rng(0), 30, 256)
+    words = [pack.tok.decode([t]) for row in texts for t in pack.row(*row)[2] if t != -100]
+    assert len(words) == sum(len(qas) for _, qas in texts) > 180 and 75 < words.count(" yes") < len(words)-75 and set(words) == {" yes", " no"}
+    batch = pack(rows()+texts[:2])
+    with torch.no_grad():
+        _, logits, target = forward_packed(model, batch)
+        for at, (_, q, a) in enumerate(qa for _, qas in texts[:2] for qa in qas):
+            turns = [dict(role="user", content=q), dict(role="assistant", content=a)]
+            ids = torch.tensor([pack.encode(processor.apply_chat_template(turns, tokenize=False).removesuffix("<|im_end|>\n"))])
+            row = at-sum(len(qas) for _, qas in texts[:2])
+            assert target[row] == ids[0, -1] and (model(input_ids=ids).logits[0, -2]-logits[row]).abs().max() < 1e-4
+
+
+def test_stored_precision_gives_the_weights_back(family):
+    model, _, _ = family
+    before = [w.clone() for w in model.parameters()]
+    with pytest.raises(KeyError), stored_precision(model):
+        assert all(torch.equal(w, w.bfloat16().float()) for w in model.parameters())
+        assert any(not torch.equal(w, b) for w, b in zip(model.parameters(), before))
+        raise KeyError
+    assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before))
 
 
 def test_cells_know_vases_and_things():

@@ -5,7 +5,7 @@
 # %% ../nbs/07_tiny.ipynb #3ae075ae
 from __future__ import annotations
 import copy, json, math, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from .core import set_seed, write_json
 from .museum import (ANSWER_MARK, COLOURS, CONDITIONS, PATTERNS, PHRASES, SEVERAL, SHAPES, TASKS, THINGS, VIEWS,
                               ask_scene, boxes, draw_scene, make_scene, scenes_for)
-from .vlm import load_vlm, quiet_transformers
+from .vlm import quiet_transformers
 
 # %% auto #0
 __all__ = ['SIZE', 'PATCH', 'MERGE', 'CELLS', 'SPECIAL', 'FAMILIES', 'TEMPLATE', 'TASK_SHARE', 'LATE_SHARE', 'HABITS', 'LOOKS',
            'styled', 'questions', 'make_tokenizer', 'make_processor', 'patchify', 'make_tiny', 'Packer',
-           'forward_packed', 'cell_targets', 'CellHead', 'fast_vision', 'save_tiny', 'score_tiny', 'pretrain']
+           'forward_packed', 'cell_targets', 'CellHead', 'fast_vision', 'stored_precision', 'save_tiny', 'score_tiny',
+           'pretrain']
 
 # %% ../nbs/07_tiny.ipynb #6aa75a89
 SIZE,PATCH,MERGE = 96,8,2        # picture px, patch px, patches merged per side
@@ -164,6 +165,11 @@ def make_tiny(tokenizer,        # from make_tokenizer
     model.generation_config.eos_token_id,model.generation_config.pad_token_id = ids["<|im_end|>"],ids["<|endoftext|>"]
     return model
 
+def _waves(side, width):
+    "Row and column of each patch of a picture as sines and cosines, half a wave from 1 to 2*side patches long: [side*side,width]."
+    angle = torch.arange(side)[:,None]*torch.pi/2**torch.linspace(0,math.log2(2*side),width//4); one = torch.cat([angle.sin(),angle.cos()],1)
+    return torch.cat([one[:,None].expand(-1,side,-1),one.expand(side,-1,-1)],-1).flatten(0,1)
+
 def _make_internvl(text, ids, vision_layers):
     "The same language model without two-dimensional positions, and InternVL's vision tower."
     from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -172,7 +178,7 @@ def _make_internvl(text, ids, vision_layers):
                   attention_bias=True,layer_scale_init_value=1.)
     model = InternVLForConditionalGeneration(InternVLConfig(text_config=text,vision_config=vision,image_token_id=ids["<IMG_CONTEXT>"],
                                                             image_seq_length=CELLS**2,downsample_ratio=1/MERGE,tie_word_embeddings=True))
-    nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings,std=.02)      # stock: zeros
+    with torch.no_grad(): model.model.vision_tower.embeddings.position_embeddings[0,1:] = _waves(SIZE//PATCH,128)      # stock: zeros
     model.generation_config.eos_token_id,model.generation_config.pad_token_id = ids["<|im_end|>"],ids["<|endoftext|>"]
     return model
 
@@ -182,7 +188,7 @@ def _prefix(pack, k, tiles):
     start,pad,end = ("<img>","<IMG_CONTEXT>","</img>") if pack.family=="internvl" else ("<|vision_start|>","<|image_pad|>","<|vision_end|>")
     photo = start+pad*CELLS**2*tiles+end
     ids = pack.encode("<|im_start|>user\n"+(photo if k==1 else "".join(f"Photo {i+1}: {photo}\n" for i in range(k))))
-    if pack.family=="internvl": return ids,torch.arange(len(ids)).expand(3,-1),len(ids)
+    if pack.family=="internvl" or not k: return ids,torch.arange(len(ids)).expand(3,-1),len(ids)
     t = torch.tensor([ids]); kinds = (t==pack.model.config.image_token_id).int()
     pos,_ = pack.model.model.get_rope_index(t,kinds,torch.tensor([[1,SIZE//PATCH,SIZE//PATCH]]*k))
     return ids,pos[:,0],int(pos.max())+1
@@ -210,7 +216,7 @@ class Packer:
         self.model,self.tok,self.seen,self.family = model,tokenizer,{},"internvl" if model.config.model_type=="internvl" else "qwen3-vl"
         self.cut = make_processor(tokenizer,self.family).image_processor
         self.middle,self.end = self.encode("<|im_end|>\n<|im_start|>assistant\n"),self.encode("<|im_end|>")
-        self.prefixes = {(k,tiles):_prefix(self,k,tiles) for k,tiles in ((1,1),(2,1),(3,1),*([(1,5)] if self.family=="internvl" else []))}
+        self.prefixes = {(k,tiles):_prefix(self,k,tiles) for k,tiles in ((0,1),(1,1),(2,1),(3,1),*([(1,5)] if self.family=="internvl" else []))}
 
     def encode(self, text):
         "Token ids, remembered: most texts come again."
@@ -229,11 +235,12 @@ class Packer:
 
     def row(self, scenes, qas, tiles=1):
         "One row: ids, group of each token (0 is the shared prefix), labels, positions, where each answer stands."
-        ids,pos,nxt = self.prefixes[len(scenes),tiles]; ids,group,labels,pos = list(ids),[0]*len(ids),[-100]*len(ids),[pos]; spans = []
+        ids,pos,nxt = self.prefixes[len(scenes),tiles if scenes else 1]; ids,group,labels,pos = list(ids),[0]*len(ids),[-100]*len(ids),[pos]; spans = []
         for g,(task,q,a) in enumerate(qas):
             x,y = self.encode(q)+self.middle,self.encode(a)+self.end; n = len(x)+len(y)
             spans.append((task,len(ids)+len(x),len(y)))
-            ids += x+y; group += [g+1]*n; labels += [-100]*len(x)+y; pos.append((nxt+torch.arange(n)).expand(3,-1))
+            learned = y if scenes else [-100]*(len(y)-2)+[y[-2],-100]    # without photos what they show cannot be known, only the last word
+            ids += x+y; group += [g+1]*n; labels += [-100]*len(x)+learned; pos.append((nxt+torch.arange(n)).expand(3,-1))
         return ids,group,labels,torch.cat(pos,1),spans
 
     def __call__(self, rows, tiles=1): # rows: list of (scenes, [(task, question, answer)]); tiles: 5 for pictures twice as large (InternVL)
@@ -314,6 +321,11 @@ def _rows(pack, rng, n, row_tokens, most, photos=3, late=False):
         if qas := pack.fitting(scenes,questions(scenes,16,rng,LATE_SHARE if late else TASK_SHARE),row_tokens): rows.append((scenes,qas))
     return rows
 
+def _reading(pack, rng, n, row_tokens):
+    "`n` rows without photos: *same*, answered in steps about pairs that nobody sees."
+    ask = lambda: next(qa for pair in iter(lambda: scenes_for("same",rng),None) if (qa:=ask_scene(pair,"same",rng)))
+    return [([],pack.fitting([],[("same",*ask()) for _ in range(16)],row_tokens)) for _ in range(n)]
+
 # %% ../nbs/07_tiny.ipynb #9c864945
 def _optimizers(model, head, learning_rate, muon_lr):
     "Muon for the weight matrices inside the layers, AdamW for the rest."
@@ -350,6 +362,20 @@ def fast_vision(model): # the tiny model
         for b in blocks: b.attn.__dict__.pop("forward",None)
 
 # %% ../nbs/07_tiny.ipynb #a7025ef3
+def _round(model):
+    "Round the weights to bf16, as they are stored. They stay numbers of four bytes."
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(p.bfloat16())
+
+@contextmanager
+def stored_precision(model): # the tiny model
+    "Within the block the weights are rounded to bf16, as they will be stored; after it they are as before."
+    exact = [p.detach().clone() for p in model.parameters()]; _round(model)
+    try: yield model
+    finally:
+        with torch.no_grad():
+            for p,e in zip(model.parameters(),exact): p.copy_(e)
+
 def save_tiny(model,     # the model
               processor, # its processor
               folder:str|Path, # where to; files are replaced
@@ -389,19 +415,27 @@ def score_tiny(model,     # the tiny model
     return {t:(sum(right[t]),len(right[t])) for t in sorted(right,key=lambda t: names.index(t.split(",")[0]))}
 
 # %% ../nbs/07_tiny.ipynb #1314369b
+@contextmanager
+def _cpu_threads(n):
+    before = torch.get_num_threads(); torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def pretrain(output_dir:str|Path,  # folder for the finished model; files of an older one are replaced
              *,
              steps:int=4000,       # optimiser steps
              vision_steps:int=700, # of these, first steps that train the vision tower alone
              family:str="qwen3-vl", # "qwen3-vl" or "internvl"
              seed:int=0,           # decides start, scenes and questions
-             batch_size:int=32,    # rows (pictures or groups of pictures) per step
+             late:float=.55,       # share of the steps after which two vases are compared more often, and texts about them are read
+             batch_size:int=32,    # rows (pictures or groups of pictures) per step; late in the run a quarter more, of text
              row_tokens:int=256,   # each row is filled with questions up to this many tokens
              learning_rate:float=3e-3, # of AdamW (embeddings, norms)
              muon_lr:float=.02,    # of Muon (matrices)
              eval_n:int=500,       # questions per task in the final score; 0: none
              log_every:int=50,     # steps between two printed lines; 0: none
              save_every:int=0,     # steps between two intermediate saves; 0: none
+             threads:int=1,        # CPU threads; a run on one repeats bit for bit on the same kind of processor
             )->dict:               # settings, losses, scores, seconds; also in pretraining.json
     "Pretrain the tiny VLM on freshly drawn museum photos."
     settings = {k:v for k,v in locals().items() if k!="output_dir"}
@@ -410,35 +444,38 @@ def pretrain(output_dir:str|Path,  # folder for the finished model; files of an 
     for o in opts:
         for g in o.param_groups: g["base"] = g["lr"]
     pack,rng,losses,start = Packer(model,tokenizer),np.random.default_rng([seed,17]),[],time.time()
-    with fast_vision(model.train()):
+    with _cpu_threads(threads),fast_vision(model.train()):
         for step in range(steps):
             losses.append(_step(model,head,opts,pack,rng,step,settings))
             if log_every and (step+1)%log_every==0: _report(losses[-log_every:],step+1,steps,time.time()-start)
             if save_every and (step+1)%save_every==0: save_tiny(model,processor,output_dir)
-    seconds = time.time()-start; save_tiny(model,processor,output_dir)
+    _round(model); seconds = time.time()-start; save_tiny(model,processor,output_dir)
     scores = score_tiny(model,tokenizer,n=eval_n) if eval_n else {}
-    result = dict(settings=settings,parameters=sum(p.numel() for p in model.parameters()),seconds=round(seconds),threads=torch.get_num_threads(),
+    result = dict(settings=settings,parameters=sum(p.numel() for p in model.parameters()),seconds=round(seconds),
                   losses=[[round(float(x),4) for x in np.mean(losses[i:i+50],0)] for i in range(0,steps,50)],scores=scores)
     write_json(Path(output_dir)/"pretraining.json",result)
     return result
 
 # %% ../nbs/07_tiny.ipynb #4abafc27
 def _step(model, head, opts, pack, rng, step, settings):
-    "One optimiser step; returns (language loss, cell loss)."
+    "One optimiser step; returns (language loss, cell loss, reading loss)."
     blind,most,rate,weight = _schedule(step,settings["steps"],settings["vision_steps"])
     for o in opts:
         for g in o.param_groups: g["lr"] = g["base"]*rate
     tiled = settings["family"]=="internvl" and step%8==7     # every eighth batch: fewer and larger pictures, in tiles
-    rows = _rows(pack,rng,settings["batch_size"]//4 if tiled else settings["batch_size"],settings["row_tokens"],most,1 if tiled else 3,
-                 late=step>=.55*settings["steps"])
-    b = pack(rows,5 if tiled else 1)
-    tokens,logits,target = forward_packed(model,b,language=not blind)
-    language = torch.zeros(()) if blind else F.cross_entropy(logits,target)
-    cells = head(tokens,b["scenes"]); (language+weight*cells).backward()
+    few,late = settings["batch_size"]//4,not blind and step>=settings["late"]*settings["steps"]
+    rows = _rows(pack,rng,few if tiled else settings["batch_size"],settings["row_tokens"],most,1 if tiled else 3,late)
+    texts = _reading(pack,rng,few,settings["row_tokens"]) if late else []
+    b = pack(rows+texts,5 if tiled else 1); language = reading = torch.zeros(())
+    with stored_precision(model) if step>=.95*settings["steps"] else nullcontext():
+        tokens,logits,target = forward_packed(model,b,language=not blind); cells = head(tokens,b["scenes"])
+        if not blind: language = F.cross_entropy(logits[:(n:=len(target)-sum(len(qas) for _,qas in texts))],target[:n])
+        if late: reading = F.cross_entropy(logits[n:],target[n:])      # a mean of its own, or the many words about photos drown it
+        (language+reading+weight*cells).backward()
     torch.nn.utils.clip_grad_norm_([p for o in opts for g in o.param_groups for p in g["params"]],1.)
     for o in opts: o.step(); o.zero_grad(set_to_none=True)
-    return language.item(),cells.item()
+    return language.item(),cells.item(),reading.item()
 
 def _report(recent, step, steps, seconds):
-    a,c = np.mean(recent,0); left = (steps-step)*seconds/step/60
-    print(f"step {step} of {steps}: language loss {a:.3f}, cell loss {c:.3f}, {step/seconds:.2f} steps/s, {left:.0f} min left",flush=True)
+    a,c,r = np.mean(recent,0); left = (steps-step)*seconds/step/60; more = f"reading loss {r:.3f}, " if r else ""
+    print(f"step {step} of {steps}: language loss {a:.3f}, cell loss {c:.3f}, {more}{step/seconds:.2f} steps/s, {left:.0f} min left",flush=True)
