@@ -50,9 +50,9 @@ from .museum import THINGS
 from vlmcourse.prefix import (
     FeatureCache,
     Prompts,
-    _picture_key,
     completion_logps,
     encode_prompts,
+    picture_key,
     sample_groups,
 )
 from .resume import check_output, in_turns, of_all_processes, open_run
@@ -196,11 +196,11 @@ def leak_note(
     val_pairs: list,  # held-out pairs
 ) -> str | None:  # a sentence; None: they share no picture
     "Do training and validation share pictures?"
-    seen = {_picture_key(image) for p in pairs for image in p["images"]}
+    seen = {picture_key(image) for p in pairs for image in p["images"]}
     leaks = [
         number
         for number, p in enumerate(val_pairs, 1)
-        if any(_picture_key(image) in seen for image in p["images"])
+        if any(picture_key(image) in seen for image in p["images"])
     ]
     if not leaks:
         return None
@@ -364,7 +364,7 @@ def identical_pairs(
     found = []
     for number, p in pairs.items():
         chosen, rejected = (answer_ids(processor, p, p[k]) for k in SIDES)
-        keys = lambda images: [_picture_key(image) for image in images]
+        keys = lambda images: [picture_key(image) for image in images]
         other = p.get("rejected_images") or p["images"]
         if chosen == rejected and keys(other) == keys(p["images"]):
             text = processor.tokenizer.decode(chosen)[:60]

@@ -21,8 +21,8 @@ from .vlm import answering, encode, render, to_device
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Picture', 'Prompt', 'STACKS', 'SMALL', 'Packed', 'CHUNK', 'TAKEN', 'SPECIAL', 'ROW', 'KNOWN', 'base_of',
-           'FeatureCache', 'picture_features', 'as_features', 'make_prompt', 'Prompts', 'encode_prompts', 'Prefix',
-           'prefill', 'choose_tokens', 'StepByModel', 'FusedStep', 'Samples', 'sample_groups', 'pack_rows',
+           'FeatureCache', 'picture_features', 'as_features', 'make_prompt', 'Prompts', 'picture_key', 'encode_prompts',
+           'Prefix', 'prefill', 'choose_tokens', 'StepByModel', 'FusedStep', 'Samples', 'sample_groups', 'pack_rows',
            'sharing_problems', 'completion_logps', 'adapter_off', 'Sharing', 'share', 'unshare']
 
 # %% ../nbs/12a_prefix.ipynb #defce26a
@@ -187,15 +187,20 @@ def _deal(ids, image_token, pictures):
 
 def _prompt_key(processor, record, stamp):
     "A fingerprint of the text, the pictures, and how they are going to be prepared."
-    seen = [_picture_key(image) for image in record.get("images") or []]
+    seen = [picture_key(image) for image in record.get("images") or []]
     settings = processor.image_processor.to_dict()
     return _hash(render(processor, record, answers=False)[0], seen, settings, stamp)
 
-def _picture_key(image):
+def picture_key(
+    image, # a picture, or the path of one
+)->bytes: # of a file: from its bytes, without opening it as a picture
+    "A fingerprint: the same for the same picture."
     if isinstance(image, (str, Path)) and Path(image).is_file():
         return _hash(Path(image).read_bytes())
     image = open_image(image)
     return _hash(image.size, image.tobytes())
+
+_picture_key = picture_key
 
 def _kept_prompt(cache, key):
     "The prompt, when it and all its pictures are still there; else None."
