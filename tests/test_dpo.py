@@ -407,6 +407,12 @@ def test_museum_pairs_prefer_the_truth():
     assert museum_pairs(records) == pairs != museum_pairs(records, seed=1)
 
 
+def test_a_meta_that_is_no_dict_breaks_nothing():
+    pairs = [{**p, "meta": "shelf"} for p in museum_pairs(shelves(2), wrong=("invented",))]
+    assert dpo._metric_for("auto", pairs) is None and len(read_pairs(pairs)) == len(pairs) > 0
+    with pytest.raises(ValueError, match="does not say what is on its shelf"): museum_pairs(pairs)
+
+
 def test_on_policy_pairs():
     model, processor = load_vlm("tiny", device="cpu")
     records = shelves(10)

@@ -1,4 +1,5 @@
 "GRPO through TRL: the same settings, the same loss and gradient on the same answers, the same run with and without `share`."
+import threading
 from dataclasses import fields
 
 import pytest
@@ -144,4 +145,15 @@ def test_a_reward_that_fails_and_a_wish_to_stop(tmp_path):
     def stopping(completions, objects, **columns):
         assert all(objects); ask_run(tmp_path/"stopped", "stop"); return [float(i) for i in range(len(completions))]
     run = train(records, stopping, output_dir=tmp_path/"stopped", max_steps=5, **QUICK)
-    assert len(run.log["train_history"]) == 1 and (tmp_path/"stopped/final/adapter_model.safetensors").exists()
+    assert len(run.log["train_history"]) == 1 and run.log["status"] == "stopped" and (tmp_path/"stopped/final/adapter_model.safetensors").exists()
+
+
+def test_a_wish_to_pause(tmp_path):
+    folder, calls, at_go = tmp_path/"r", [], []
+    def go_on(): at_go.append(len(calls)); ask_run(folder, "go")
+    def pausing(completions, **columns):
+        calls.append(1)
+        if len(calls) == 1: ask_run(folder, "pause"); threading.Timer(4, go_on).start()
+        return odd(completions)
+    run = train(make_records(6, ["same"], split="train", seed=0), pausing, output_dir=folder, max_steps=3, **QUICK)
+    assert at_go == [1] and len(calls) == 3 and run.log["status"] == "finished"

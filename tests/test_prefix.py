@@ -411,6 +411,12 @@ def test_scoring_mistakes(small):
     ids, mask = answers(prompts)
     for given, text in (((ids, mask[:, :3]), "one shape"), ((ids, mask.flip(1)), "hole"), ((ids[:5], mask[:5]), "owner")):
         with pytest.raises(ValueError, match=text): completion_logps(small[0], prompts, *given)
+    for owner in ([0, 1], [0] * 11 + [4], [-1] * 12, [0.] * 12, [[0] * 12]):
+        with pytest.raises(ValueError, match="12 whole numbers from 0 to 3"): completion_logps(small[0], prompts, ids, mask, owner=owner)
+    with pytest.raises(ValueError, match="temperature=0 must be above 0"): completion_logps(small[0], prompts, ids, mask, temperature=0)
+    with torch.no_grad(): listed, equal = (completion_logps(small[0], prompts, ids, mask, owner=owner)[0]
+                                           for owner in ([0] * 3 + [1] * 3 + [2] * 3 + [3] * 3, None))
+    assert torch.equal(listed, equal)
     with pytest.raises(ValueError, match="form='x'"): completion_logps(small[0], prompts, ids, mask, form="x")
     with pytest.raises(ValueError, match="empty"): encode_prompts(*small, [])
 

@@ -50,6 +50,9 @@ def test_columns_from_records():
     assert columns["task"][::4] == ["count", "detect", "steps"]
     assert all(turns[-1]["role"] == "user" for turns in columns["prompts"])
     assert columns["answer"][::4] == [r["answer"] for r in records] and "messages" not in columns
+    said = [{"role": "user", "content": "Why?"}]
+    odd = [dict(messages=said, meta="shelf"), dict(messages=said, meta=[1], task="own"), dict(messages=said)]
+    assert to_columns(odd)["task"] == [None, "own", None]
 
 
 def test_the_gold_answer_earns_everything():

@@ -25,11 +25,11 @@ from vlmcourse.formats import (
     IMAGE_MARK,
     REMEDIES,
     RecordReport,
-    _read_rows,
-    _with_pictures,
     check_record,
     damaged_pictures,
     problem_text,
+    read_rows,
+    with_pictures,
 )
 
 # %% auto #0
@@ -91,6 +91,12 @@ def to_pair(
     return {**rest, "messages": turns, "chosen": chosen, "rejected": rejected, **fields}
 
 # %% ../nbs/15_dpo.ipynb #e329d57e
+def _scenes(record):
+    "What the museum knows of a record's pictures; None for records from elsewhere."
+    meta = record.get("meta")
+    return meta.get("scenes") if isinstance(meta, dict) else None
+
+
 def museum_pairs(
     records: list,  # captions of shelves, as make_records gives them
     *,
@@ -101,7 +107,13 @@ def museum_pairs(
     rng, pairs = random.Random(seed), []
     for record in records:
         truth = record["messages"][-1]["content"]
-        there = [thing["kind"] for thing in record["meta"]["scenes"][0]["things"]]
+        if not _scenes(record):
+            raise ValueError(
+                f"museum_pairs: record {record.get('id')!r} does not say what is on "
+                "its shelf (meta, scenes). Give it as make_records made it; "
+                "save_records leaves the scenes out."
+            )
+        there = [thing["kind"] for thing in _scenes(record)[0]["things"]]
         absent = [thing for thing in THINGS if thing not in there]
         if "invented" in wrong and absent:
             bad = truth[:-1] + f", a {rng.choice(absent)}."
@@ -298,17 +310,17 @@ def _check_pair(row):
 
 def _find_pictures(row, number, folder):
     "The pair with the files of its pictures, and what is wrong with them."
-    pair, found = _with_pictures(row, number, folder)
+    pair, found = with_pictures(row, number, folder)
     if row.get("rejected_images") and not found:
         swapped = {**row, "images": row["rejected_images"]}
-        swapped, found = _with_pictures(swapped, number, folder)
+        swapped, found = with_pictures(swapped, number, folder)
         pair["rejected_images"] = swapped["images"]
     return pair, found
 
 # %% ../nbs/15_dpo.ipynb #39cfd4be
 def _examine_pairs(data):
     "Pairs by their number (from 1), problems, number of rows, name of the source."
-    rows, folder, source = _read_rows(data)
+    rows, folder, source = read_rows(data)
     if not rows:
         raise ValueError(
             f"{source} holds no pairs, so there is nothing to learn from. Check that "
@@ -873,7 +885,7 @@ def _loss_settings(s):
 def _metric_for(generation_metric, pairs):
     "The function that measures answers on held-out pictures, or None."
     if generation_metric == "auto":
-        scenes = [(p.get("meta") or {}).get("scenes") for p in pairs or []]
+        scenes = [_scenes(p) for p in pairs or []]
         shelves = scenes and all(s and s[0].get("kind") == "shelf" for s in scenes)
         return caption_measures if shelves else None
     if generation_metric is not None and not callable(generation_metric):

@@ -10,9 +10,10 @@ import math
 import torch
 
 # %% auto #0
-__all__ = ['SMALL', 'LOSS_TYPES', 'SAPO_TEMPERATURES', 'group_advantages', 'no_signal_chance', 'group_ranks', 'leave_one_out',
-           'separate_advantages', 'make_advantages', 'ratio', 'clipped_loss', 'plot_clip', 'policy_losses', 'kl_k3',
-           'plot_kl', 'loss_weights', 'grpo_loss', 'plot_group', 'group_playground', 'clip_playground', 'kl_playground']
+__all__ = ['SMALL', 'LOSS_TYPES', 'SAPO_TEMPERATURES', 'check_advantages', 'group_advantages', 'group_ranks', 'leave_one_out',
+           'separate_advantages', 'make_advantages', 'ratio', 'clipped_loss', 'plot_clip', 'check_loss',
+           'policy_losses', 'kl_k3', 'plot_kl', 'loss_weights', 'grpo_loss', 'plot_group', 'group_playground',
+           'clip_playground', 'kl_playground']
 
 # %% ../nbs/16a_group.ipynb #7d2008b1
 SMALL = 1e-4  # added to a standard deviation before dividing by it, as in TRL
@@ -43,6 +44,30 @@ def _spread(x, dim=None):
     return (total / (n - 1).clamp(min=1)).sqrt()
 
 # %% ../nbs/16a_group.ipynb #04268b6c
+def check_advantages(
+    scale_rewards: str = "group",  # divide by the spread of: "group", "batch", "none"
+    multi_objective_aggregation: str = "sum_then_normalize",  # or "normalize_then_sum"
+    *,
+    advantage: str = "group",  # or "rloo"
+    rank_rewards: bool = False,  # places in the group instead of rewards
+) -> None:
+    "Raise for a setting that is not known, or that another one leaves without effect."
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards={scale_rewards!r} is not known. Use 'group' "
+                         "(GRPO), 'batch', or 'none' (Dr.GRPO).")
+    if advantage not in ("group", "rloo"):
+        raise ValueError(f"advantage={advantage!r} is not known: 'group' or 'rloo'.")
+    if multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+        raise ValueError(f"multi_objective_aggregation={multi_objective_aggregation!r} "
+                         "is not known: 'sum_then_normalize' or 'normalize_then_sum'.")
+    own = advantage != "group" or rank_rewards or scale_rewards != "group"
+    if own and multi_objective_aggregation == "normalize_then_sum":
+        raise ValueError("multi_objective_aggregation='normalize_then_sum' has its own "
+            "advantages; leave advantage, rank_rewards and scale_rewards alone.")
+    if advantage == "rloo" and scale_rewards == "batch":
+        raise ValueError("advantage='rloo' is not scaled; leave scale_rewards alone.")
+
+
 def group_advantages(
     rewards,  # one per answer [B·G], groups one after another; NaN: not scored
     group: int,  # answers per question, G
@@ -50,23 +75,13 @@ def group_advantages(
     scale_rewards: str = "group",  # divide by the spread of: "group", "batch", "none"
 ) -> torch.Tensor:  # how much better than its group each answer is [B·G]
     "Advantages of GRPO; 0 where all answers of a question earn the same."
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards={scale_rewards!r} is not known. Use 'group' "
-                         "(GRPO), 'batch', or 'none' (Dr.GRPO).")
+    check_advantages(scale_rewards)
     x = _in_groups(rewards, group)
     centred = x - x.nanmean(1, keepdim=True)
     if scale_rewards != "none":
         spread = _spread(x, 1 if scale_rewards == "group" else None)
         centred = centred / (spread + SMALL)
     return centred.where(_differ(x), 0.0).nan_to_num(0.0).flatten()
-
-# %% ../nbs/16a_group.ipynb #75c7a284
-def no_signal_chance(
-    p: float,  # probability that one answer is right, 0 to 1
-    group: int,  # answers per question
-) -> float:  # 0 to 1
-    "The chance that all answers of a group are right, or all are wrong."
-    return p**group + (1 - p) ** group
 
 # %% ../nbs/16a_group.ipynb #a6c45311
 def group_ranks(
@@ -117,9 +132,14 @@ def make_advantages(
     advantage: str = "group",  # "group": GRPO; "rloo": against the mean of the others
 ) -> tuple:  # advantages [B·G]; weighted sums of the rewards [B·G], NaN: none applied
     "From the values of reward functions to advantages."
+    how = dict(advantage=advantage, rank_rewards=rank_rewards)
+    check_advantages(scale_rewards, multi_objective_aggregation, **how)
     parts = torch.as_tensor(parts)
-    _check_choice(advantage=advantage, aggregation=multi_objective_aggregation)
+    parts = parts if parts.is_floating_point() else parts.float()
     weights = torch.as_tensor([1.0] * parts.shape[1] if weights is None else weights)
+    if weights.shape != parts.shape[1:]:
+        raise ValueError(f"weights={weights.tolist()} must be {parts.shape[1]} "
+                         "numbers, one for each reward function.")
     total = (parts * weights.to(parts)).nansum(1)
     total = total.masked_fill(parts.isnan().all(1), math.nan)
     if multi_objective_aggregation == "normalize_then_sum":
@@ -127,14 +147,6 @@ def make_advantages(
     values = group_ranks(total, group) if rank_rewards else total
     if advantage == "rloo": return leave_one_out(values, group), total
     return group_advantages(values, group, scale_rewards=scale_rewards), total
-
-
-def _check_choice(advantage, aggregation):
-    if advantage not in ("group", "rloo"):
-        raise ValueError(f"advantage={advantage!r} is not known: 'group' or 'rloo'.")
-    if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
-        raise ValueError(f"multi_objective_aggregation={aggregation!r} is not known: "
-                         "'sum_then_normalize' or 'normalize_then_sum'.")
 
 # %% ../nbs/16a_group.ipynb #96989cbd
 def ratio(
@@ -195,6 +207,26 @@ LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo")
 SAPO_TEMPERATURES = 1.0, 1.05  # for good answers, and for the others; as in TRL
 
 
+def _check_name(loss_type):
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is not known. Use one of "
+                         f"{', '.join(LOSS_TYPES)}.")
+
+
+def check_loss(
+    loss_type: str,  # one of LOSS_TYPES
+    epsilon_high: float | None = None,  # room of the ratio above 1
+    delta: float | None = None,  # largest ratio that counts at all
+) -> None:
+    "Raise for a loss that is not known, needs epsilon_high, or takes no delta."
+    _check_name(loss_type)
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ValueError("loss_type='cispo' needs epsilon_high, the largest ratio that "
+                         "counts. Give 5.0, as its authors advise.")
+    if loss_type in ("cispo", "sapo") and delta is not None:
+        raise ValueError(f"loss_type={loss_type!r} has no delta={delta}; leave it out.")
+
+
 def policy_losses(
     logps,  # log-probabilities of the tokens now, with gradients [N,C]
     old,  # the same when they were sampled [N,C]
@@ -203,19 +235,16 @@ def policy_losses(
     *,
     loss_type: str = "dapo",  # one of LOSS_TYPES
     epsilon: float = 0.2,  # room of the ratio below 1
-    epsilon_high: float | None = None,  # above 1; None: the same. cispo: largest ratio
+    epsilon_high: float | None = None,  # above 1; None: the same. cispo: needed
     delta: float | None = None,  # largest ratio that counts at all; None: no limit
     importance_sampling_level: str = "token",  # or "sequence"
 ) -> torch.Tensor:  # loss of each token, KL not yet in it [N,C]
     "What each token adds to the loss."
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is not known. Use one of "
-                         f"{', '.join(LOSS_TYPES)}.")
+    check_loss(loss_type, epsilon_high, delta)
     a = advantages[:, None]
     r = ratio(logps, old, mask, importance_sampling_level=importance_sampling_level)
     if loss_type == "cispo":
-        most = epsilon if epsilon_high is None else epsilon_high
-        loss = -r.clamp(max=most).detach() * a * logps
+        loss = -r.clamp(max=epsilon_high).detach() * a * logps
     elif loss_type == "sapo":
         t = torch.where(a > 0, *SAPO_TEMPERATURES)
         loss = -(t * (r - 1)).sigmoid() * 4 / t * a
@@ -263,14 +292,12 @@ def loss_weights(
     "How much each token counts."
     mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
     n, tokens = len(mask), mask.sum()
+    _check_name(loss_type)
     if loss_type in ("dapo", "cispo"): return mask, max(1, int(tokens))
     if loss_type == "bnpo": return mask / tokens.clamp(min=1), 1
     if loss_type == "luspo": return mask, n
     if loss_type in ("grpo", "sapo"):
         return mask / mask.sum(1, keepdim=True).clamp(min=1), n
-    if loss_type != "dr_grpo":
-        raise ValueError(f"loss_type={loss_type!r} is not known. Use one of "
-                         f"{', '.join(LOSS_TYPES)}.")
     if not max_completion_length:
         raise ValueError("max_completion_length is needed for loss_type='dr_grpo'.")
     return mask / max_completion_length, n

@@ -21,8 +21,8 @@ from .core import atomic_path, inside, set_seed
 from .evaluate import Table, score_answers
 from .answers import parse_boxes, true_answer
 from .formats import read_records, upright_size
-from .group import LOSS_TYPES, kl_k3, loss_weights, make_advantages
-from .group import policy_losses, ratio
+from .group import check_advantages, check_loss, kl_k3, loss_weights
+from .group import make_advantages, policy_losses, ratio
 from .lora import count_trainable
 from .loop import Running, Team, count_steps, lr_factor, make_optimizer
 from .loop import progress_at, run_validation, set_rate, step_rows
@@ -30,9 +30,10 @@ from .loop import step_words, train_step
 from .prefix import FeatureCache, Prompts, adapter_off, base_of
 from .prefix import completion_logps, encode_prompts, prefill, sample_groups
 from .resume import check_output, in_turns, of_all_processes, open_run
-from .rewards import _check_funcs, call_rewards, load_rewards, reward_name
-from .rewards import make_bbox, make_category, make_completeness
-from .rewards import make_f1, make_format, to_columns
+from .rewards import bbox_reward, call_rewards, category_reward, check_funcs
+from .rewards import completeness_reward, f1_reward, load_rewards, make_bbox
+from .rewards import make_category, make_completeness, make_f1, make_format
+from .rewards import reward_name, to_columns
 from .runlog import _keep_picture, epoch_table, read_log
 from .sft import PLATEAU, Run, check_settings, make_checkpoints
 from .sft import run_config, run_scores, save_final, step_of
@@ -408,19 +409,19 @@ def choose_rewards(
     family: str = "tiny",  # how the model writes boxes
     external_plugins: str | None = None,  # a Python file with your own rewards
 ) -> list:  # reward functions
-    "Reward functions; without a name, those that fit the data."
+    "Reward functions; those that fit the data when none is named."
     if rewards is None:
+        if external_plugins: raise ValueError(f"external_plugins={external_plugins!r}, "
+            "but reward_funcs names no reward. Name those of the file to be used.")
         boxes = all(map(wants_boxes, records))
         return box_rewards(family) if boxes else load_rewards(["exact"])
     if isinstance(rewards, str): rewards = rewards.replace(",", " ").split()
-    made = dict(bbox=make_bbox, category=make_category, f1=make_f1,
-                completeness=make_completeness)
     rewards = [rewards] if callable(rewards) else list(rewards)
     if not rewards: raise ValueError("reward_funcs is empty: give names or functions.")
-    if not external_plugins:
-        rewards = [made[r](family=family) if isinstance(r, str) and r in made else r
-                   for r in rewards]
-    return load_rewards(rewards, external_plugins)
+    made = {bbox_reward: make_bbox, category_reward: make_category, f1_reward: make_f1,
+            completeness_reward: make_completeness}  # these read boxes: by the family
+    return [made[f](family=family) if isinstance(r, str) and f in made else f
+            for r, f in zip(rewards, load_rewards(rewards, external_plugins))]
 
 # %% ../nbs/17_grpo.ipynb #2839ff81
 class Check:
@@ -685,7 +686,6 @@ def check_grpo(
     whole = lambda v, low: type(v) is int and v >= low
     number = lambda v: type(v) in (int, float) and math.isfinite(v)
     room = lambda v: number(v) and v >= 0
-    among = lambda *names: (lambda v: v in names, " or ".join(map(repr, names)))
     rules = dict(
         num_generations=(lambda v: whole(v, 2), "a whole number from 2 up: a group of "
                          "one has nothing to be compared with"),
@@ -698,30 +698,16 @@ def check_grpo(
         top_k=(lambda v: whole(v, 0), "0 (off) or a number of tokens"),
         beta=(room, "0 (off) or a number above it"), epsilon=(room, "0 or more"),
         epsilon_high=(lambda v: v is None or room(v), "None or 0 or more"),
-        loss_type=among(*LOSS_TYPES), scale_rewards=among("group", "batch", "none"),
-        advantage=among("group", "rloo"),
-        importance_sampling_level=among("token", "sequence"),
-        multi_objective_aggregation=among("sum_then_normalize", "normalize_then_sum"))
+        importance_sampling_level=(lambda v: v in ("token", "sequence"),
+                                   "'token' or 'sequence'"))
     for name, (fine, allowed) in rules.items():
         if not fine(s[name]):
             raise ValueError(f"train: {name}={s[name]!r} cannot work; give {allowed}.")
-    _check_together(s)
-
-# %% ../nbs/17_grpo.ipynb #592a28ba
-def _check_together(s):
-    "Settings that do not go together."
-    if s["loss_type"] == "cispo" and s["epsilon_high"] is None:
-        raise ValueError("train: loss_type='cispo' needs epsilon_high, the largest "
-                         "ratio that counts. Give 5.0, as its authors advise.")
+    check_loss(s["loss_type"], s["epsilon_high"])
+    check_advantages(**{name: s[name] for name in ADVANTAGE})
     if s["loss_type"] == "luspo" and s["importance_sampling_level"] != "sequence":
         raise ValueError("train: loss_type='luspo' is made for whole answers. Give "
                          "importance_sampling_level='sequence' with it.")
-    if s["multi_objective_aggregation"] == "normalize_then_sum" and (
-            s["advantage"] != "group" or s["rank_rewards"]):
-        raise ValueError("train: multi_objective_aggregation='normalize_then_sum' has "
-                         "its own advantages; leave advantage and rank_rewards alone.")
-    if s["advantage"] == "rloo" and s["scale_rewards"] == "batch":
-        raise ValueError("train: advantage='rloo' is not scaled; leave scale_rewards.")
 
 # %% ../nbs/17_grpo.ipynb #c5c7f487
 class _Start:
@@ -829,7 +815,7 @@ def read_weights(
         except ValueError:
             raise ValueError(f"train: reward_weights={weights!r} cannot work; give "
                              "numbers with commas, such as '1,0.5'.") from None
-    _check_funcs(rewards, weights)
+    check_funcs(rewards, weights)
     return weights
 
 # %% ../nbs/17_grpo.ipynb #35d3b25f

@@ -17,7 +17,7 @@ from .core import set_seed
 from .formats import read_records
 from .grpo import Check, GrpoRun, Sampler, box_family, choose_rewards
 from .lora import count_trainable
-from .loop import run_validation
+from .loop import Running, run_validation
 from .prefix import share
 from .resume import check_output, open_run
 from .rewards import call_rewards, reward_name, to_columns
@@ -149,7 +149,7 @@ def _numbers(logs):
 
 
 def _watcher(log, check, eval_steps, per_step):
-    "A callback: TRL's numbers into our log; validations; a wish to stop."
+    "A callback: TRL's numbers into our log; validations; a wish to pause or stop."
     from transformers import TrainerCallback
 
     def validate(model, step, epoch):
@@ -168,7 +168,7 @@ def _watcher(log, check, eval_steps, per_step):
             log.train(**at, lr=logs["learning_rate"], **_numbers(logs))
             due = step == state.max_steps or (eval_steps and step % eval_steps == 0)
             if check and due: validate(model, step, epoch)
-            if log.asked == "stop": control.should_training_stop = True
+            if Running(model, log).wait(): control.should_training_stop = True
 
     return Watch()
 
@@ -221,6 +221,7 @@ def _run(model, processor, records, held_out, s, shared, more):
         trainer = make_trainer(model, processor, records, rewards, args, shared=shared,
                                callbacks=[watch])
         trainer.train()
+        if trainer.state.global_step < trainer.state.max_steps: log.finish("stopped")
         save_final(model, log)
     found = read_log(log.output_dir), *run_scores(log)
     return GrpoRun(log.output_dir, model.eval(), processor, *found)

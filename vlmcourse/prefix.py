@@ -658,8 +658,13 @@ def _check_answers(prompts, ids, mask, owner):
     B, N = len(prompts), len(ids)
     if owner is None and N % B: raise ValueError(f"{N} answers of {B} prompts are no "
         "equal groups. Say with owner to which prompt each answer belongs.")
-    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)
-    return rows if owner is None else owner
+    if owner is None: owner = torch.arange(B).repeat_interleave(N // B)
+    owner = torch.as_tensor(owner, device=ids.device)
+    whole = owner.shape == (N,) and not owner.is_floating_point()
+    if not whole or N and not 0 <= owner.min() <= owner.max() < B: raise ValueError(
+        f"owner={owner.tolist()} must be {N} whole numbers from 0 to {B - 1}: for each "
+        "answer, the place of its prompt in prompts.")
+    return owner
 
 # %% ../nbs/12a_prefix.ipynb #37490c33
 def completion_logps(
@@ -668,7 +673,7 @@ def completion_logps(
     ids, # token numbers of N answers, padded on the right [N,C]
     mask, # 1: a token of the answer, 0: padding [N,C]
     *,
-    owner=None, # the prompt of each answer [N]; None: equal groups, one after another
+    owner=None, # numbers of their prompts [N]; None: equal groups, one after another
     score=None, # tokens to score [N,C]; None: those of the mask
     prefix:Prefix|None=None, # from prefill, when it is there already (cache form)
     form:str="auto", # "cache", "packed", "rows" (nothing shared), or "auto"
@@ -676,6 +681,8 @@ def completion_logps(
     entropy:bool=False, # also entropies (in nats, without gradients)
 )->tuple: # log-probabilities [N,C], 0 where not scored; entropies [N,C] or None
     "Log-probabilities of answers, with gradients; each prompt is computed once."
+    if not temperature > 0: raise ValueError(f"temperature={temperature} must be above "
+        "0: give the one that was used for sampling. Greedy answers: leave it at 1.")
     base, (N, C) = base_of(model), ids.shape
     owner = _check_answers(prompts, ids, mask, owner)
     score = (mask if score is None else score).bool()

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .answers import (ANSWER_MARK, _last_part, final_answer, normalise_answer,
+from .answers import (ANSWER_MARK, final_answer, last_part, normalise_answer,
     parse_boxes, parse_choice, parse_number, parse_yes_no, true_answer)
 from .boxes import read_objects
 from .detection import match_boxes
 from .evaluate import Table
-from .formats import upright_size
+from .formats import task_of, upright_size
 
 # %% auto #0
 __all__ = ['exact_reward', 'number_reward', 'choice_reward', 'yes_no_reward', 'format_reward', 'bbox_reward', 'category_reward',
@@ -34,8 +34,8 @@ __all__ = ['exact_reward', 'number_reward', 'choice_reward', 'yes_no_reward', 'f
            'YES_NO', 'TEXT', 'BOXES', 'LARGE', 'NOTHING', 'PROBES', 'texts_of', 'to_columns', 'short_answer',
            'make_exact', 'make_number', 'make_choice', 'make_format', 'make_bbox', 'make_category', 'make_completeness',
            'make_f1', 'make_overlong', 'make_repetition', 'make_cosine', 'make_similarity', 'make_judged', 'make_gated',
-           'reward_name', 'make_by_row', 'Rewarded', 'call_rewards', 'load_rewards', 'Case', 'Probe', 'Bench',
-           'bench_rewards']
+           'reward_name', 'make_by_row', 'Rewarded', 'check_funcs', 'call_rewards', 'load_rewards', 'Case', 'Probe',
+           'Bench', 'bench_rewards']
 
 # %% ../nbs/16_rewards.ipynb #e3b2aaea
 def _text(i, one):
@@ -70,8 +70,7 @@ def _known(record):
     said = record["messages"][-1]["role"] == "assistant"
     has_truth = said or record.get("answer") is not None
     known["answer"] = true_answer(record) if has_truth else None
-    known.setdefault("task", (record.get("meta") or {}).get("task"))
-    return {**known, "prompts": _prompt(record)}
+    return {**known, "task": task_of(record), "prompts": _prompt(record)}
 
 def to_columns(
     records:list, # one record per question
@@ -101,7 +100,7 @@ def _column(reward, names, n, columns):
 
 def _truth(reward, i, value):
     "The short answer in a truth; an empty one is a mistake in the data."
-    short = _last_part(str(value)).strip()
+    short = last_part(str(value)).strip()
     if short: return short
     raise ValueError(f"{reward}: the truth of row {i} is {value!r}, and then an empty "
         "completion would be right. Mend the row, or set it to None to leave it out.")
@@ -123,7 +122,7 @@ def short_answer(
         said = [final_answer(ANSWER_MARK + s) for s in text.split(ANSWER_MARK)[1:]]
     elif "<answer>" in text:
         said = [s.split("</answer>")[0] for s in text.split("<answer>")[1:]]
-    else: said = [_last_part(text)]
+    else: said = [last_part(text)]
     different = {normalise_answer(one) for one in said}
     return said[-1].strip() if len(different) == 1 and different != {""} else None
 
@@ -328,7 +327,7 @@ def make_bbox(
     *,
     family:str="tiny", # whose numbers the model writes: one of boxes.FAMILIES
     truth:str="objects", # the column with the true objects; else answer or solution
-    extra:float=1.0, # price of a box too many; 1: as much as a missing one
+    extra:float=1.0, # what a box too many adds to the divisor; an object adds 1
     above_blind:bool=False, # True: a box around the whole picture earns 0
     name:str="bbox_reward", # for logs and messages
 ):
@@ -340,7 +339,7 @@ def make_category(
     *,
     family:str="tiny", # whose numbers the model writes: one of boxes.FAMILIES
     truth:str="objects", # the column with the true objects; else answer or solution
-    extra:float=1.0, # price of a box too many; 1: as much as a missing one
+    extra:float=1.0, # what a box too many adds to the divisor; an object adds 1
     threshold:float=0.5, # IoU from which a box is on its object
     name:str="category_reward", # for logs and messages
 ):
@@ -353,7 +352,7 @@ def make_completeness(
     *,
     family:str="tiny", # whose numbers the model writes: one of boxes.FAMILIES
     truth:str="objects", # the column with the true objects; else answer or solution
-    extra:float=1.0, # price of a box too many; 1: as much as a missing one
+    extra:float=1.0, # what a box too many adds to the divisor; an object adds 1
     threshold:float=0.5, # IoU from which a box is on its object
     name:str="completeness_reward", # for logs and messages
 ):
@@ -448,7 +447,7 @@ def make_cosine(
 # %% ../nbs/16_rewards.ipynb #37a611e4
 def _similar(floor, options, name, /, completions, **columns):
     from vlmcourse.similarity import text_similarity
-    texts = [_last_part(text, line=False).strip() for text in texts_of(completions)]
+    texts = [last_part(text, line=False).strip() for text in texts_of(completions)]
     truths = _column(name, _TRUTHS, len(texts), columns)
     todo = [i for i, t in enumerate(truths) if t is not None and texts[i]]
     values = [None if truth is None else 0.0 for truth in truths]
@@ -476,7 +475,7 @@ def _question(prompt):
     return _text(0, [turn for turn in prompt if turn.get("role") == "user"][-1:])
 
 def _judged(judge, name, /, completions, **columns):
-    texts = [_last_part(text, line=False).strip() for text in texts_of(completions)]
+    texts = [last_part(text, line=False).strip() for text in texts_of(completions)]
     truths = _column(name, _TRUTHS, len(texts), columns)
     asked = list(map(_question, _column(name, ("prompts",), len(texts), columns)))
     todo = [i for i, t in enumerate(truths) if t is not None and texts[i]]
@@ -656,8 +655,11 @@ class Rewarded:
     def __repr__(self): return repr(self._table())
 
 # %% ../nbs/16_rewards.ipynb #114f0021
-def _check_funcs(funcs, weights):
-    "The weights as a list; a double name or a wrong number of weights is an error."
+def check_funcs(
+    funcs:list, # reward functions
+    weights:list|None, # one per function; None: all 1
+)->tuple: # their short names; their weights as numbers
+    "Raise on a double name or a wrong number of weights."
     names = [reward_name(reward) for reward in funcs]
     if not names: raise ValueError("funcs is empty. Give at least one reward function.")
     double = sorted({name for name in names if names.count(name) > 1})
@@ -692,7 +694,7 @@ def call_rewards(
 )->Rewarded:
     "Call reward functions, check what they return, and add up with weights."
     columns, funcs = columns or {}, load_rewards(funcs)
-    names, weights = _check_funcs(funcs, weights)
+    names, weights = check_funcs(funcs, weights)
     texts = texts_of(completions)
     _check_columns(columns, len(texts))
     called = [_call(reward, completions, columns, slow, warn) for reward in funcs]
@@ -1059,7 +1061,7 @@ def bench_rewards(
 )->Bench: # prints as a table probe x reward; `paying()` lists what pays
     "Try to cheat rewards, and show what pays."
     funcs = load_rewards(funcs, external_plugins)
-    _check_funcs(funcs, weights)
+    check_funcs(funcs, weights)
     cases, rows = {}, []
     for probe in PROBES if probes is None else probes:
         cases.setdefault(id(probe.case), []).append(probe)
