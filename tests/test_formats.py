@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmcourse.formats import REMEDIES, check_record, check_records, open_image, put_marks, read_records, to_record
+from vlmcourse.formats import REMEDIES, check_record, check_records, open_image, put_marks, read_records, task_of, to_record
 
 
 def turn(role, content):
@@ -38,6 +38,7 @@ ROWS = [
     ("mark in the second question", talk(turn("user", "Hi"), turn("assistant", "Hello"), ASK, SAY), None),
     ("unicode", talk(turn("user", "<image>Was für eine Vase? 🏺"), turn("assistant", "Хидрия")), None),
     ("number as id and answer", good(id=7, answer=3), None),
+    ("id null", good(id=None), None),
     ("extra fields", good(solution="x", meta={"a": [1]}), None),
     ("picture in a sub-folder", good(images=["sub/b.jpg"]), None),
     ("text", "vase", "not a record"),
@@ -61,6 +62,8 @@ ROWS = [
     ("system in the middle", talk(ASK, turn("system", "x"), SAY), "bad messages"),
     ("question empty", talk(turn("user", "<image>"), SAY), "no question"),
     ("question blank", talk(turn("user", " \n "), SAY), "no question"),
+    ("half an emoji asked", talk(turn("user", "<image>Which? \ud83c"), SAY), "half a character"),
+    ("half an emoji said", talk(ASK, turn("assistant", "\udffa")), "half a character"),
     ("answer missing", talk(ASK), "no answer"),
     ("answer empty", talk(ASK, turn("assistant", "")), "no answer"),
     ("answer blank", talk(ASK, turn("assistant", " \n")), "no answer"),
@@ -204,6 +207,19 @@ def test_list_in_memory(folder, monkeypatch):
         read_records([good(images=["../none.png"])])
 
 
+def test_no_id_is_the_number(folder):
+    rows = [good(id=None, images=[]), good(images=[]), good(id=None, images=[])]
+    for row in rows: row["messages"] = [turn("user", "Which?"), SAY]
+    del rows[1]["id"]
+    assert [r["id"] for r in read_records(rows)] == ["1", "2", "3"] and check_records(rows).problems == []
+
+
+@pytest.mark.parametrize("meta", [None, "notes", 3, ["a"], {}, {"task": None}])
+def test_task_of_any_meta(meta):
+    assert task_of({"meta": meta}) is None and task_of({"meta": meta, "task": "count"}) == "count"
+    assert task_of({"meta": {"task": 7}}) == "7"
+
+
 def test_input_is_not_changed(folder):
     row = talk(turn("user", "Which colour?"), SAY, images=[str(folder / "a.png")], answer=3)
     before = json.dumps(row)
@@ -267,12 +283,16 @@ OBJECTS = [
     ("not a number", [{"label": "a", "bbox": [0, 0, float("nan"), 6]}], "bad object"), ("no label", [{"bbox": [0, 0, 8, 6]}], "bad object"),
     ("no box", [{"label": "a"}], "bad object"), ("a bare box", [[0, 0, 8, 6]], "bad object"), ("text", "a", "bad object"),
     ("endless", [{"label": "a", "bbox": [0, 0, float("inf"), 6]}], "box outside the picture"),
+    ("on the larger second picture", [{"label": "a", "bbox": [0, 0, 20, 20], "image_id": 1}], None),
+    ("too large for the second picture", [{"label": "a", "bbox": [0, 0, 21, 20], "image_id": 1}], "box outside the picture"),
+    ("too large for the first picture", [{"label": "a", "bbox": [0, 0, 20, 20], "image_id": 0}], "box outside the picture"),
+    *((f"picture {n!r} of 2", [{"label": "a", "bbox": [0, 0, 8, 6], "image_id": n}], "bad object") for n in (2, -1, None, "1", [1], True, 0.0)),
 ]
 
 
 @pytest.mark.parametrize("name, objects, reason", OBJECTS, ids=[name for name, *_ in OBJECTS])
 def test_objects(name, objects, reason):
-    record = good(images=[Image.new("RGB", (8, 6))], objects=objects)
+    record = good(images=[Image.new("RGB", (8, 6)), Image.new("RGB", (20, 20))], messages=[turn("user", "Where?"), SAY], objects=objects)
     assert list(check_records([record]).counts) == ([reason] if reason else [])
     assert len(read_records([record])) == 1  # boxes do not stop a reading
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlmcourse.museum import (CONDITIONS, DEFECTS, PATTERNS, SHAPES, TASKS, THINGS, VIEWS, WORKSHOPS, Scene, Thing, Vase, ask_scene, boxes,
-                              caption, draw_scene, make_records, make_scene, paint_thing, paint_vase, split_of)
+                              caption, draw_scene, make_records, make_scene, paint_thing, paint_vase, save_records, split_of)
 
 
 def contents(s):
@@ -135,3 +135,13 @@ def test_counts_are_true():
 def test_wrong_arguments(bad):
     with pytest.raises(ValueError, match=str(list(bad.values())[-1])):
         make_scene(0, **bad)
+
+
+def test_pictures_of_another_data_set_stay(tmp_path):
+    records = make_records(2, ["colour"], size=16)
+    (tmp_path/"images").mkdir()                                  # an empty folder is no obstacle
+    (tmp_path/"images/note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="note.txt is already there.*another folder"): save_records(records, tmp_path)
+    assert [p.name for p in (tmp_path/"images").iterdir()] == ["note.txt"] and not (tmp_path/"records.json").exists()
+    (tmp_path/"images/note.txt").unlink()
+    assert save_records(records, tmp_path).exists()

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageEnhance
@@ -101,6 +102,30 @@ def test_chains_stay_together():
 def test_wrong_shares(wrong):
     with pytest.raises(ValueError, match="val=|test="):
         split_records(many(20), **wrong)
+
+
+@pytest.mark.parametrize("records", ["shelves.json", Path("shelves.json"), {"id": "a", "images": []}, None, 7])
+def test_records_must_be_a_list(records):
+    with pytest.raises(ValueError, match=r"records is a \w+, and a list of records is wanted.*read_records\(file\)"): split_records(records)
+    if not isinstance(records, dict):
+        with pytest.raises(ValueError, match="read_records"): find_leaks(records)
+    with pytest.raises(ValueError, match=r"parts\['val'\] is a"): find_leaks({"train": many(2), "val": records})
+
+
+@pytest.mark.parametrize("bad", [{"images": []}, {"id": None, "images": []}, {"id": "a"}, {"id": "a", "images": None}, "a", 3])
+def test_records_need_an_id_and_images(bad):
+    with pytest.raises(ValueError, match=r"records\[4\] is no record with an id and images"): split_records([*many(4), bad])
+    with pytest.raises(ValueError, match=r"parts\['records'\]\[4\] is no record"): find_leaks([*many(4), bad])
+
+
+def test_pairs_must_be_ids_of_these_records():
+    records = many(20)
+    a, b, c = (r["id"] for r in records[:3])
+    for together, says in (([(a, "gone")], "names 'gone', and no record"), ([(a, b, c)], "list of pairs"), ((a, b), "list of pairs"), ([a + b], "list of pairs")):
+        with pytest.raises(ValueError, match=says): split_records(records, together=together)
+    for seed in range(8):                                        # pairs that can be read only once
+        parts = split_records(records, val=.4, seed=seed, together=zip([a], [b]))
+        assert len({name for name, part in parts.items() for r in part if r["id"] in (a, b)}) == 1
 
 
 def test_a_rare_label_is_in_training_first():

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from .museum import ANSWER_MARK
 
 # %% auto #0
-__all__ = ['NUMBER_WORDS', 'BOX_KEYS', 'LABEL_KEYS', 'Parsed', 'final_answer', 'normalise_answer', 'true_answer', 'parse_number',
-           'parse_choice', 'parse_yes_no', 'parse_boxes']
+__all__ = ['NUMBER_WORDS', 'BOX_KEYS', 'LABEL_KEYS', 'Parsed', 'final_answer', 'normalise_answer', 'true_answer', 'last_part',
+           'parse_number', 'parse_choice', 'parse_yes_no', 'parse_boxes']
 
 # %% ../nbs/02a_answers.ipynb #c6adf098
 class Parsed(NamedTuple):
@@ -67,8 +67,12 @@ def true_answer(
     return said if final_answer(said) is None else final_answer(said)
 
 # %% ../nbs/02a_answers.ipynb #6ca0ebba
-def _last_part(text, *, line=True):
-    "Behind the mark (a line or all lines), in the last <answer>, behind the thinking."
+def last_part(
+    text:str, # what a model said
+    *,
+    line:bool=True, # behind the mark: only one line? False: all that stands there
+)->str: # the part that holds the answer; empty while the model is still thinking
+    "Behind the mark, else in the last <answer>, else behind the thinking, else all."
     if ANSWER_MARK in text and line: return final_answer(text)
     if ANSWER_MARK in text: return text.rsplit(ANSWER_MARK, 1)[1]
     if "<answer>" in text: return text.rsplit("<answer>", 1)[1].split("</answer>")[0]
@@ -155,7 +159,7 @@ def parse_number(
 )->Parsed: # value: an int or a float
     "The one number in an answer, in digits or in words up to ninety-nine."
     if not isinstance(text, str): return Parsed(None, "not text")
-    words = _join_tens(_words(_last_part(text).lower()))
+    words = _join_tens(_words(last_part(text).lower()))
     numbers = []
     for i, (word, _) in enumerate(words):
         number, problem = _read_number(word)
@@ -198,7 +202,7 @@ def parse_choice(
     if not letters or any(len(c) != 1 or not c.isalnum() for c in letters):
         raise ValueError(f"choices={choices!r} must be single letters, such as 'ABCD'.")
     if not isinstance(text, str): return Parsed(None, "not text")
-    words = _words(re.sub(r"[/,]", " , or ", _last_part(text)))
+    words = _words(re.sub(r"[/,]", " , or ", last_part(text)))
     found, told, last = set(), set(), -9  # all letters; those told after "answer"
     for i in range(len(words)):
         letter, cue = _letter(words, i, letters)
@@ -218,7 +222,7 @@ def parse_yes_no(
 )->Parsed: # value: "yes" or "no"
     "Yes or no, said plainly."
     if not isinstance(text, str): return Parsed(None, "not text")
-    words, found, denied = _words(_last_part(text).lower()), set(), False
+    words, found, denied = _words(last_part(text).lower()), set(), False
     for i, (word, written) in enumerate(words):
         if word not in _YES | _NO: continue
         pause = i + 1 == len(words) or not written[-1].isalpha()
@@ -461,7 +465,7 @@ def parse_boxes(
 )->Parsed: # value: list of {"bbox": [x1, y1, x2, y2] as written, "label": text or None}
     "The boxes in an answer; the value is always a list and holds what is whole."
     if not isinstance(text, str): return Parsed([], "not text")
-    text = _last_part(text, line=False)  # JSON may take several lines
+    text = last_part(text, line=False)  # JSON may take several lines
     found, problems = _raw_boxes(text)
     if not found and not problems and not re.search(r"\[\s*+\]", text):
         return Parsed([], "no box found")

@@ -13,8 +13,9 @@ from pathlib import Path
 from .core import inside, read_json, read_jsonl
 
 # %% auto #0
-__all__ = ['IMAGE_MARK', 'REMEDIES', 'put_marks', 'to_record', 'open_image', 'check_record', 'find_picture', 'check_picture',
-           'damaged_pictures', 'problem_text', 'read_records', 'upright_size', 'RecordReport', 'check_records']
+__all__ = ['IMAGE_MARK', 'REMEDIES', 'HALF_CHARACTER', 'put_marks', 'to_record', 'task_of', 'open_image', 'check_record',
+           'find_picture', 'check_picture', 'read_rows', 'with_pictures', 'damaged_pictures', 'problem_text',
+           'read_records', 'upright_size', 'RecordReport', 'check_records']
 
 # %% ../nbs/02_formats.ipynb #da4f2ac1
 IMAGE_MARK = "<image>"  # stands in the text where a picture stands in the prompt
@@ -45,6 +46,15 @@ def to_record(
     turns = [{"role": "user", "content": question}]
     if answer is not None: turns.append({"role": "assistant", "content": str(answer)})
     return put_marks({"id": "0", "images": images, "messages": turns, **fields})
+
+# %% ../nbs/02_formats.ipynb #5d20f4b9
+def task_of(
+    record:dict, # a record
+)->str|None: # its kind of question; None when the record does not say
+    "The task of a record, from its `meta` or its `task`."
+    meta = record.get("meta")
+    task = meta.get("task") if isinstance(meta, dict) else None
+    return str(task or record.get("task") or "") or None
 
 # %% ../nbs/02_formats.ipynb #5c9adfc0
 def _broken(name, error):
@@ -88,6 +98,8 @@ REMEDIES = {
     "bad messages": "messages must be a list of {role, content} turns: system (at most "
         "one, first), then user and assistant by turns",
     "no question": "the messages need a user turn that has text",
+    "half a character": "no tokenizer takes one half of a pair such as \\ud83c\\udffa: "
+        "write the text again, whole and as UTF-8",
     "no answer": "the last message must come from the assistant and must not be empty",
     "marks and pictures differ": "write one <image> mark in the user's text for each "
         "picture, or no mark at all",
@@ -99,13 +111,16 @@ REMEDIES = {
     "picture not found": "check the name; it counts from the data file's folder",
     "picture is damaged": "copy the picture again from its source, or remove the record",
     "bad object": "objects must be a list of {label, bbox}, bbox four numbers "
-        "[left, top, right, bottom] with left < right and top < bottom",
+        "[left, top, right, bottom] with left < right and top < bottom; an image_id counts "
+        "the record's pictures from 0",
     "box outside the picture": "boxes are pixels of the original picture: was the "
         "picture made smaller, or do the numbers count to 1 or 1000?",
     "id used twice": "give each record an id of its own, so that results can be matched",
 }
 
 # %% ../nbs/02_formats.ipynb #794cc316
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]") # JSON may hold one; UTF-8 cannot
+
 def _short(thing, n=60):
     text = repr(thing)
     return text if len(text) <= n else text[:n - 1] + "…"
@@ -117,6 +132,8 @@ def _check_turns(turns, record):
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             return [("bad messages", f"this turn has no text content: {_short(turn)}")]
+        if HALF_CHARACTER.search(turn["content"]):
+            return [("half a character", f"this turn has one: {_short(turn)}")]
     roles = [turn.get("role") for turn in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
     wanted = ["user", "assistant"] * len(spoken)
@@ -184,8 +201,10 @@ def check_picture(
     except Exception as e: return f"{Path(path).name}: {e}"
 
 # %% ../nbs/02_formats.ipynb #cfb3883a
-def _read_rows(data):
-    "The rows, the folder of their pictures (None: anywhere) and a name for messages."
+def read_rows(
+    data, # a .json or .jsonl file, or a list
+)->tuple: # (rows, folder of their pictures or None: anywhere, name for messages)
+    "The rows of a data set as they are written; they are not checked."
     if isinstance(data, (list, tuple)): return list(data), None, "The list"
     if not isinstance(data, (str, Path)):
         raise ValueError("Records come from a .json or .jsonl file or from a list of "
@@ -207,7 +226,11 @@ def _read_rows(data):
     return rows, path.absolute().parent, str(path)
 
 # %% ../nbs/02_formats.ipynb #99eee314
-def _with_pictures(row, number, folder):
+def with_pictures(
+    row:dict, # a row in which check_record finds nothing
+    number:int, # its number, which is its id when it has none
+    folder:Path|None, # the folder that picture names count from; None: anywhere
+)->tuple: # (the record, [(reason, detail)] of its pictures)
     "The finished record of a row and what is wrong with its pictures."
     images, found = [], []
     for entry in row.get("images") or []:
@@ -215,7 +238,8 @@ def _with_pictures(row, number, folder):
         image, problem = (entry, None) if in_memory else find_picture(entry, folder)
         if problem: found.append(problem)
         else: images.append(image if in_memory else str(image))
-    record = {**row, "id": str(row.get("id", number)), "images": images}
+    name = number if row.get("id") is None else row["id"]
+    record = {**row, "id": str(name), "images": images}
     if record.get("answer") is not None: record["answer"] = str(record["answer"])
     return put_marks(record), found
 
@@ -256,14 +280,14 @@ def problem_text(
 # %% ../nbs/02_formats.ipynb #9695f402
 def _examine(data, answers):
     "Records by their number (from 1), problems, number of rows, name of the source."
-    rows, folder, source = _read_rows(data)
+    rows, folder, source = read_rows(data)
     if not rows:
         raise ValueError(f"{source} holds no records, so there is nothing to work with. "
             "Check that it is the right file and that its export finished.")
     good, problems = {}, []
     for number, row in enumerate(rows, 1):
         found = check_record(row, answers=answers)
-        if not found: good[number], found = _with_pictures(row, number, folder)
+        if not found: good[number], found = with_pictures(row, number, folder)
         problems += [(number, reason, detail) for reason, detail in found]
     return good, problems + damaged_pictures(good), len(rows), source
 
@@ -296,18 +320,20 @@ def _corners(bbox):
     x1, y1, x2, y2 = bbox
     return bbox if x1 < x2 and y1 < y2 else None # not a number (nan) compares as False
 
-def _check_objects(objects, size):
-    "[(reason, detail)] of a record's objects on a picture of `size` (width, height)."
+def _check_objects(objects, sizes):
+    "[(reason, detail)] of a record's objects on pictures of `sizes` (width, height)."
     if not isinstance(objects or [], (list, tuple)):
         return [("bad object", f"objects is a {type(objects).__name__}")]
     found = []
     for thing in objects or []:
         box = _corners(thing.get("bbox")) if isinstance(thing, dict) else None
-        if box is None or not isinstance(thing.get("label"), str):
+        place = thing.get("image_id", 0) if box else None # on which picture is it?
+        here = type(place) is int and 0 <= place < len(sizes)
+        if not here or not isinstance(thing.get("label"), str):
             found.append(("bad object", _short(thing)))
-        elif min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
+        elif min(box) < 0 or box[2] > sizes[place][0] or box[3] > sizes[place][1]:
             found.append(("box outside the picture",
-                f"{list(box)} on {size[0]} × {size[1]} px"))
+                f"{list(box)} on {sizes[place][0]} × {sizes[place][1]} px"))
     return found
 
 # %% ../nbs/02_formats.ipynb #76563eaf
@@ -345,7 +371,8 @@ def check_records(
     damaged, first = {number for number, *_ in problems}, {}
     for number, record in good.items():
         if record.get("objects") and record["images"] and number not in damaged:
-            found = _check_objects(record["objects"], upright_size(record["images"][0]))
+            sizes = [upright_size(image) for image in record["images"]]
+            found = _check_objects(record["objects"], sizes)
             problems += [(number, reason, detail) for reason, detail in found]
         if first.setdefault(record["id"], number) != number:
             problems.append((number, "id used twice",

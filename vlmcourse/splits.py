@@ -88,6 +88,31 @@ def _fill_empty(part, groups, wanted):
         part[least] = name
     return part
 
+# %% ../nbs/02e_splits.ipynb #97d4c05e
+def _checked(records, name):
+    "A list of records that have ids and pictures, or an error that says what to do."
+    if isinstance(records, (str, Path, dict)) or not hasattr(records, "__iter__"):
+        raise ValueError(f"{name} is a {type(records).__name__}, and a list of records is "
+            "wanted. For a file, give read_records(file).")
+    records = list(records)
+    for i, one in enumerate(records):
+        one = one if isinstance(one, dict) else {}
+        if one.get("id") is None or not isinstance(one.get("images"), (list, tuple)):
+            raise ValueError(f"{name}[{i}] is no record with an id and images. "
+                "read_records(records) adds what is missing and says what is wrong.")
+    return records
+
+def _check_together(together, records):
+    "Stop at what is no pair of ids of these records."
+    known = {record["id"] for record in records}
+    for pair in together:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"together holds {pair!r}; it is a list of pairs of ids, such "
+                "as find_leaks(records).ids.")
+        for unknown in (i for i in pair if i not in known):
+            raise ValueError(f"together names {unknown!r}, and no record has this id. "
+                "Give ids of the records that are split.")
+
 # %% ../nbs/02e_splits.ipynb #781ba1e1
 def _sizes(n, val, test):
     "{part: how many of n records}."
@@ -110,7 +135,8 @@ def split_records(
     together=(), # pairs of ids that must not be parted, such as find_leaks(records).ids
 )->dict: # {"train": [...], "val": [...], "test": [...]}; parts of share 0 are left out
     "Split by picture, every label in the same proportion, as far as it goes."
-    records = list(records)
+    records, together = _checked(records, "records"), list(together)
+    _check_together(together, records)
     wanted, groups = _sizes(len(records), val, test), _groups(records, together)
     part = _deal(groups, _traits(records), wanted, random.Random(seed))
     where = {i: part[g] for g, group in enumerate(groups) for i in group}
@@ -200,7 +226,7 @@ def find_leaks(
     if not isinstance(parts, dict): parts = {"records": parts}
     seen = {} # a picture that several records of a part share counts once
     for name, records in parts.items():
-        for record in records:
+        for record in _checked(records, f"parts[{name!r}]"):
             for image in record["images"]:
                 path = str(image) if isinstance(image, (str, Path)) else id(image)
                 seen.setdefault((name, path), (name, record["id"], image))
