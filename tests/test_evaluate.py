@@ -76,6 +76,13 @@ def test_marker_asked_for_in_the_question_only():
     assert [r["strict"] for r in score_answers(["3", f"{MARK} 3"], [asked] * 2)] == [False, True]
 
 
+def test_no_id_and_any_meta():
+    records = [record("red", marked=False, id=None, meta="drawn on Monday", task="colour"), record("red", marked=False, id=None, meta=["note"])]
+    rows = score_answers(["red", "red"], records)
+    assert [(r["id"], r["task"]) for r in rows] == [("0", "colour"), ("1", "all")]
+    assert majority_baseline(records, records).accuracy == 1
+
+
 def test_open_questions_are_shown_but_not_counted():
     rows = score_answers(["a vase", f"{MARK} Corinth"], [record("a cup", marked=False, answer_type="OPEN"), record()])
     scores = Scores(rows)

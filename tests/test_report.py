@@ -18,6 +18,7 @@ from PIL import Image
 from vlmcourse import cli, report
 from vlmcourse.answers import ANSWER_MARK
 from vlmcourse.core import read_json, write_json
+from vlmcourse.evaluate import wilson
 from vlmcourse.museum import make_records
 from vlmcourse.report import (
     ACC, ASK_MARKER, F1, Result, data_hash, decide, evaluate_file, model_hash, read_eval, read_result, result_page, result_row, summarise,
@@ -59,6 +60,7 @@ BAD = [
     ("picture outside the folder", sample(img_name="../secret.png")), ("picture outside the folder", sample(img_name="photos/../../secret.png")),
     ("picture outside the folder", sample(img_name="/etc/passwd")), ("picture outside the folder", sample(img_name="link.png")),
     ("picture is a web address", sample(img_name="http://127.0.0.1/a.png")), ("picture not found", sample(img_name="c.png")),
+    ("half a character", sample(question="<image>Which? \ud83c")), ("half a character", sample(reasoning="\udffa")),
     ("picture not found", sample(img_name="photos")), ("picture is damaged", sample(img_name="eval.json")),
 ]
 
@@ -76,6 +78,13 @@ def test_all_mistakes_at_once_and_ids_used_twice(folder):
     with pytest.raises(ValueError) as error: read(folder, [sample(id=0), sample(id="0"), *rows])
     assert all(reason in str(error.value) for reason, _ in BAD if reason != "picture outside the folder")
     assert "id used twice: sample 2" in str(error.value)
+
+
+def test_no_id_any_meta(folder):
+    rows = [sample(id=None), sample(id=None, meta="drawn on Monday", task="count"), sample(id=9, meta={"task": "town"})]
+    found = read(folder, rows)
+    assert [r["id"] for r in found] == ["1", "2", "9"] and [result_row(r, "x")["task"] for r in found] == ["all", "count", "town"]
+    assert [row.get("task") for row in read_json(write_eval(found, folder/"again"))] == [None, "count", "town"]
 
 
 @pytest.mark.parametrize("content", [{}, [], "text", 7, None])
@@ -103,7 +112,11 @@ def test_round_trip(tmp_path):
         assert new["task"] == old["meta"]["task"] == third["task"]
         assert [i.tobytes() for i in old["images"]] == [Image.open(i).tobytes() for i in new["images"]]
     assert read_json(tmp_path/"one/eval.json") == read_json(tmp_path/"two/eval.json")
-    with pytest.raises(FileExistsError): write_eval(records, tmp_path/"one")
+    with pytest.raises(FileExistsError, match="eval.json is already there"): write_eval(records, tmp_path/"one")
+    (tmp_path/"one/eval.json").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path/"one/images").iterdir()}
+    with pytest.raises(FileExistsError, match="images/00.*another folder"): write_eval(records[::-1], tmp_path/"one")
+    assert {p: p.read_bytes() for p in (tmp_path/"one").rglob("*") if p.is_file()} == before
 
 
 def test_the_committed_set_is_what_its_command_makes(tmp_path):
@@ -230,6 +243,15 @@ def test_another_programs_file_is_read(tmp_path):
     assert read_result(tmp_path/"cut.json").summary[ACC] == pytest.approx(summary[ACC], abs=1e-4)
 
 
+def test_chirons_file_judges_and_scores_every_row(tmp_path):
+    rows = [foreign(1, "OPEN", [1, 1, .9, 1]), foreign(2, "CLOSED", [1, 2, 1.1, 2]), foreign(3, "OPEN", [2, 3, 1.9, 3])]
+    for name, entries in {"whole.json": [*rows, {ACC: 2/3, F1: 1.9/3}], "cut.json": rows}.items():
+        write_json(tmp_path/name, entries)
+        found = read_result(tmp_path/name)
+        assert found.summary["n"] | {"no marker": 0} == {"samples": 3, "closed": 3, "open": 3, "not judged": 0, "no marker": 0}
+        assert found.summary[ACC] == pytest.approx(2/3, abs=1e-4) and found.summary["intervals"][ACC] == pytest.approx(wilson(2, 3), abs=1e-4)
+
+
 @pytest.mark.parametrize("content", [{}, [], [1], [{ACC: 1}], [foreign(1, "CLOSED", [1, 1, 0, 0]), {"what": 1}]])
 def test_what_is_no_result(tmp_path, content):
     write_json(tmp_path/"x.json", content)
@@ -323,9 +345,27 @@ def test_a_file_that_is_no_result_stays(run):
 
 
 def test_numbers_that_make_no_sense(run):
-    for change in (dict(max_samples=0), dict(max_new_tokens=0)):
-        with pytest.raises(ValueError, match="must be 1 or more"): run(**change)
+    for change in (dict(max_samples=0), dict(max_new_tokens=0), dict(max_new_tokens="8"), dict(max_samples=2.5), dict(max_samples=True), dict(max_new_tokens=None)):
+        with pytest.raises(ValueError, match=f"{[*change][0]}={[*change.values()][0]!r} must be a whole number, 1 or more"): run(**change)
+    with pytest.raises(ValueError, match="batch_size='8' must"): evaluate_file(str(run.data), output=str(run.folder/"x.json"), batch_size="8")
     with pytest.raises(ValueError, match="choose one of real"): run(pictures="grey")
+
+
+@pytest.mark.parametrize("output,says", [("page.html", "must end in .json"), ("out", "must end in .json"), ("notes.txt/deep/out.json", "notes.txt is a file"),
+                                         ("notes.json", "notes.html is there without its result")])
+def test_an_output_that_would_destroy_something(run, output, says):
+    for name in ("notes.txt", "notes.html", "page.html"): (run.folder/name).write_text("mine")
+    before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=says): run(output)
+    assert run.asked == [] and {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+    if output == "notes.json":
+        assert run(output, page=False).path and (run.folder/"notes.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("judge", [None, "offline", object()])
+def test_a_judge_without_a_model_takes_no_name(run, judge):
+    with pytest.raises(ValueError, match="judge_model='big' belongs to a judge with a language model"): run(judge=judge, judge_model="big")
+    assert run.asked == []
 
 
 def test_controls_see_other_pictures(tmp_path, monkeypatch):

@@ -198,6 +198,16 @@ def test_wrong_encoders_are_named(monkeypatch, tmp_path):
         offline_encoder()
 
 
+def test_weights_in_a_pickle_are_not_loaded(tmp_path):
+    import torch
+    from transformers import BertConfig, BertModel
+    model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="weights must be .safetensors"):
+        load_encoder(str(tmp_path), layer=1)
+
+
 def test_an_encoder_of_another_family_is_refused(tmp_path):
     from transformers import GPT2Config, GPT2Model
     with pytest.raises(ValueError, match="GPT2Model keeps its layers in an unknown place"):

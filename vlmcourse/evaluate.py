@@ -19,7 +19,7 @@ from vlmcourse.answers import (
     ANSWER_MARK, final_answer, normalise_answer, parse_number, true_answer,
 )
 from .boxes import Html, picture_html
-from .formats import IMAGE_MARK, upright_size
+from .formats import IMAGE_MARK, task_of, upright_size
 
 # %% auto #0
 __all__ = ['wants_marker', 'is_right', 'score_answers', 'wilson', 'Table', 'show_share', 'Scores', 'guess_rate',
@@ -70,7 +70,8 @@ def score_answers(
     rows = []
     for i, (answer, record) in enumerate(zip(answers, records)):
         marker, truth = wants_marker(record), true_answer(record)
-        row = dict(id=str(record.get("id", i)), task=_task(record), answer=answer)
+        name = i if record.get("id") is None else record["id"]
+        row = dict(id=str(name), task=task_of(record) or "all", answer=answer)
         row |= dict(truth=truth, strict=None, lenient=None)
         row["format"] = final_answer(answer) is not None if marker else None
         if record.get("answer_type", "CLOSED") != "OPEN":
@@ -78,11 +79,6 @@ def score_answers(
             row["lenient"] = is_right(answer, truth, lenient=True)
         rows.append(row)
     return rows
-
-
-def _task(record):
-    "The record's task, for the table."
-    return str((record.get("meta") or {}).get("task") or record.get("task") or "all")
 
 # %% ../nbs/13_evaluate.ipynb #75dea736
 def wilson(
@@ -222,10 +218,10 @@ def majority_baseline(
     _need_answers("majority_baseline", train)
     seen = {}
     for record in train:
-        seen.setdefault(_task(record), []).append(true_answer(record))
+        seen.setdefault(task_of(record), []).append(true_answer(record))
     overall = _most_said([true_answer(record) for record in train])
     best = {task: _most_said(answers) for task, answers in seen.items()}
-    answers = [_in_form(best.get(_task(r), overall), r) for r in records]
+    answers = [_in_form(best.get(task_of(r), overall), r) for r in records]
     return Scores(score_answers(answers, records), settings=dict(baseline="majority"))
 
 # %% ../nbs/13_evaluate.ipynb #71d33381

@@ -44,12 +44,14 @@ from vlmcourse.evaluate import (
     without_images,
 )
 from vlmcourse.formats import (
+    HALF_CHARACTER,
     IMAGE_MARK,
     REMEDIES,
     damaged_pictures,
     find_picture,
     problem_text,
     put_marks,
+    task_of,
 )
 
 # %% ../nbs/13d_report.ipynb #784b98ae
@@ -96,6 +98,9 @@ def _row_problems(row):
         found.append(("no answer", f"the answer is {str(answer)[:40]!r}"))
     if str(row.get("answer_type")).upper() not in ("OPEN", "CLOSED"):
         found.append(("bad answer type", f"it is {str(row.get('answer_type'))[:40]!r}"))
+    for name in ("question", "answer", "reasoning"):
+        if HALF_CHARACTER.search(str(row.get(name))):
+            found.append(("half a character", f"in the {name}"))
     if names is None:
         found.append(
             ("bad picture entry", f"img_name is {str(row['img_name'])[:40]!r}")
@@ -122,7 +127,8 @@ def _row_record(row, number, folder):
         dict(role="assistant", content=said),
     ]
     record = {key: value for key, value in row.items() if key not in _FIELDS}
-    record |= dict(id=str(row.get("id", number)), images=images, messages=turns)
+    name = number if row.get("id") is None else row["id"]
+    record |= dict(id=str(name), images=images, messages=turns)
     record |= dict(answer=answer, answer_type=str(row["answer_type"]).upper())
     return put_marks({**record, "img_name": row.get("img_name") or []}), found
 
@@ -184,7 +190,7 @@ def _record_row(record, names):
     )
     if ANSWER_MARK in said:
         row["reasoning"] = said.rsplit(ANSWER_MARK, 1)[0].strip()
-    task = (record.get("meta") or {}).get("task") or record.get("task")
+    task = task_of(record)
     return row | ({"task": task} if task else {})
 
 # %% ../nbs/13d_report.ipynb #7212cfc5
@@ -196,11 +202,12 @@ def write_eval(
 ) -> Path:  # the file eval.json
     "Write records as a file of evaluation samples, with their pictures beside it."
     folder = Path(folder)
-    if (folder / "eval.json").exists():
-        raise FileExistsError(
-            f"write_eval: {folder}/eval.json is already there. Choose "
-            "another folder or move it away."
-        )
+    for there in (folder / "eval.json", *(folder / "images").glob("*")):
+        if there.exists():
+            raise FileExistsError(
+                f"write_eval: {there} is already there and would be overwritten. "
+                "Choose another folder or move it away."
+            )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for i, record in enumerate(records):
@@ -244,7 +251,7 @@ def result_row(
     row |= dict(
         answer_type=kind, correct=None, bertscore=None, seconds=round(seconds, 4)
     )
-    row |= dict(answer=answer, task=str(record.get("task") or "all"), judged=None)
+    row |= dict(answer=answer, task=task_of(record) or "all", judged=None)
     row["format"] = ANSWER_MARK in answer if marked else None
     row["lenient"] = is_right(answer, truth, lenient=True) if kind == "CLOSED" else None
     return row
@@ -413,15 +420,16 @@ def summarise(
     rows: list,  # rows of a result
 ) -> dict:  # the scores, their intervals and counts; None where nothing was counted
     "The summary of the rows of a result."
-    closed = [row for row in rows if row["answer_type"] == "CLOSED"]
-    judged = [row for row in closed if row["correct"] is not None]
-    opened = [row["bertscore"] for row in rows if row["bertscore"] is not None]
+    judged = [row for row in rows if row["correct"] is not None]
+    scored = [row["bertscore"] for row in rows if row["bertscore"] is not None]
+    waiting = [r for r in rows if r["correct"] is None and r["bertscore"] is None]
+    closed = sum(row["answer_type"] == "CLOSED" for row in waiting)
     acc, acc_ends = _share([row["correct"] for row in judged])
-    f1, f1_ends = _mean(opened)
+    f1, f1_ends = _mean(scored)
     kept, kept_ends = _share([r["format"] for r in rows if r["format"] is not None])
     marked = [row["correct"] for row in judged if row["format"] is not False]
-    n = dict(samples=len(rows), closed=len(closed), open=len(rows) - len(closed))
-    n |= {"not judged": len(closed) - len(judged)}
+    n = dict(samples=len(rows), closed=len(judged) + closed)
+    n |= {"open": len(scored) + len(waiting) - closed, "not judged": closed}
     n |= {"no marker": sum(row["format"] is False for row in rows)}
     guess = guess_rate(_scores(rows).rows)
     skipped = dict(zip((ACC, "interval"), _share(marked)), n=len(marked))
@@ -734,6 +742,7 @@ def evaluate_file(
     "Ask a model all questions of a file, judge the answers, write the result."
     _check_numbers(batch_size, max_new_tokens, max_samples)
     output, judge = Path(output).expanduser(), _make_judge(judge, judge_model)
+    _check_output(output, page)
     records = read_eval(data, images=images)
     settings = dict(model_hash=_hash_of(model, adapter), data_hash=data_hash(records))
     settings |= dict(instruction=instruction, pictures=pictures)
@@ -757,8 +766,11 @@ def _check_numbers(batch_size, max_new_tokens, max_samples):
         batch_size=batch_size, max_new_tokens=max_new_tokens, max_samples=max_samples
     )
     for name, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"evaluate_file: {name}={value} must be 1 or more.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and value >= 1 or value is None and name == "max_samples"):
+            raise ValueError(
+                f"evaluate_file: {name}={value!r} must be a whole number, 1 or more."
+            )
 
 
 def _hash_of(model, adapter):
@@ -788,9 +800,35 @@ def _finish(output, asked, rows, more, encoder, page):
         write_page(result, output.with_suffix(".html"), asked)
     return result
 
+# %% ../nbs/13d_report.ipynb #b3f8d265
+def _check_output(output, page):
+    "Stop before the first question when the result could not be written in the end."
+    if output.suffix != ".json":
+        raise ValueError(
+            f"output={str(output)!r} must end in .json: it is the result, and the page "
+            "gets the same name with .html."
+        )
+    there = next(folder for folder in output.parents if folder.exists())
+    if not there.is_dir():
+        raise ValueError(
+            f"output={str(output)!r}: {there} is a file, and a folder is wanted. "
+            "Give another output."
+        )
+    other = output.with_suffix(".html")
+    if page and other.exists() and not output.exists():
+        raise ValueError(
+            f"output={str(output)!r}: {other} is there without its result, so it may be "
+            "another page, and it stays. Give another output, or move it away."
+        )
+
 # %% ../nbs/13d_report.ipynb #e25ded45
 def _make_judge(judge, judge_model):
     "The judge of a name; an object stays what it is."
+    if judge_model and (judge == "offline" or not isinstance(judge, str)):
+        raise ValueError(
+            f"judge_model={judge_model!r} belongs to a judge with a language model, and "
+            f"judge is {judge!r}. Name such a judge, or leave judge_model out."
+        )
     if judge is None or not isinstance(judge, str):
         return judge
     from vlmcourse.judge import make_judge

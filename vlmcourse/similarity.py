@@ -157,12 +157,14 @@ def _load(name):
     place = offline_encoder() if name in (None, OFFLINE) else name
     try:
         with quiet_transformers():
-            model = AutoModel.from_pretrained(place, dtype=torch.float32)
+            model = AutoModel.from_pretrained(place, dtype=torch.float32,
+                                              use_safetensors=True)
             return model, AutoTokenizer.from_pretrained(place)
     except OSError as error:
         raise FileNotFoundError(f"The text encoder {name!r} cannot be loaded: "
-            f"{str(error).splitlines()[0]} Check the name or the folder; a name needs "
-            "the network the first time. Without one use encoder=None.") from error
+            f"{str(error).splitlines()[0]} Check the name or the folder, whose weights must "
+            "be .safetensors; a name needs the network the first time. Without one use "
+            "encoder=None.") from error
 
 # %% ../nbs/13b_similarity.ipynb #70be8c87
 def plot_token_matches(
