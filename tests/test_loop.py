@@ -1,5 +1,6 @@
 "Odd cases of vlmcourse.loop: equality with a loop by hand and with transformers, real signals, broken steps."
 import math, os, random, signal, threading, time
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,19 @@ def test_same_seed_same_bits(tmp_path):
     assert losses(a) == losses(b) == losses(c) != losses(d)
     assert all(torch.equal(p, q) for n in nets[1:3] for p, q in zip(nets[0].parameters(), n.parameters()))
     assert {r["val_mode"] for r in c.val_history} == {0.}
+
+
+def by_chance(net, b):
+    "A loss that asks each generator of random numbers."
+    total, n = loss_fn(net, b)
+    return total*(1+.1*(random.random()+np.random.rand()+torch.rand(1).item())), n
+
+
+def test_a_validation_that_uses_any_chance_changes_nothing(tmp_path):
+    a = train(tmp_path/"a", loss_fn=by_chance)
+    for k, draw in enumerate((random.random, np.random.rand, lambda: torch.rand(1).item())):
+        b = train(tmp_path/f"b{k}", loss_fn=by_chance, eval_steps=2, evaluate=lambda net: dict(val_x=draw()))
+        assert losses(a) == losses(b)
 
 
 # --- counting ----------------------------------------------------------------

@@ -4,7 +4,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,14 +14,14 @@ from vlmcourse.loop import fit
 from vlmcourse.resume import Checkpoints, best_place, check_output, last_checkpoint, open_run, plateau_factor, replace_folder
 from vlmcourse.runlog import RunLog, read_log
 from kill import kill_and_compare, launch
-from test_loop import DATA, collate, loss_fn, losses, make_net
+from test_loop import DATA, by_chance as loss_fn, collate, losses, make_net
 
 SETTINGS = dict(learning_rate=.02, num_train_epochs=3, per_device_train_batch_size=4, eval_steps=7)
 
 
 def evaluate(net):
     b = collate(DATA[:20])
-    return dict(val_loss=(loss_fn(net, b)[0]/b["n"].sum()).item(), val_chance=torch.rand(1).item())
+    return dict(val_loss=(loss_fn(net, b)[0]/b["n"].sum()).item(), val_chance=random.random()+np.random.rand()+torch.rand(1).item())
 
 
 def run(folder, net=None, resume=None, loss_fn=loss_fn, keep=None, **kwargs):
@@ -98,6 +100,32 @@ def test_another_model_is_refused(tmp_path):
     run(tmp_path/"r", max_steps=10)
     from torch import nn
     with pytest.raises(ValueError, match="another model"): run(tmp_path/"r", nn.Sequential(nn.Linear(4, 3)), resume=10, max_steps=20)
+
+
+def test_nobody_else_s_checkpoints_are_removed_or_taken(tmp_path):
+    theirs = tmp_path/"r/checkpoint-1"; theirs.mkdir(parents=True); (theirs/"model.bin").write_text("of another trainer")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds checkpoint-1 of another training"): check_output(tmp_path/"r", resume)
+    run(tmp_path/"r", keep=dict(save_steps=3, save_total_limit=1))
+    assert (theirs/"model.bin").exists() and sorted(p.name for p in (tmp_path/"r").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-39"]
+
+
+def test_a_run_goes_on_only_when_asked(tmp_path):
+    whole, net = run(tmp_path/"r")
+    (tmp_path/"r/training_log.json").unlink()
+    again, other = run(tmp_path/"r")
+    assert len(again.train_history) == 39 and again.train_history == whole.train_history and same_weights(net, other)
+
+
+def test_a_folder_that_another_program_writes_is_refused(tmp_path):
+    code = f"from vlmcourse.runlog import RunLog; log = RunLog({str(tmp_path/'r')!r}, progress=False); print('go', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        writer.stdout.readline()                                            # no row has been logged yet
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"written by another program .process {writer.pid}"): check_output(tmp_path/"r", resume)
+        writer.communicate("\n")
+    check_output(tmp_path/"r")                                              # it is gone
+    log = RunLog(tmp_path/"own", progress=False); check_output(log.output_dir, True); log.finish()
 
 
 # --- best, early stop, plateau ---------------------------------------------------

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'epoch_order', 'step_rows', 'count_steps', 'lr_factor', 'to_device', 'sum_gradients', 'train_step',
-           'make_optimizer', 'Team', 'Running', 'run_validation', 'set_rate', 'progress_at', 'step_words', 'fit']
+           'make_optimizer', 'Team', 'Running', 'get_chance', 'set_chance', 'run_validation', 'set_rate', 'progress_at',
+           'step_words', 'fit']
 
 # %% ../nbs/12_loop.ipynb #cf639471
-import math, os, signal, threading
+import base64, math, os, random, signal, threading
 from itertools import count, islice
 from time import sleep
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from .core import set_seed
@@ -27,12 +29,17 @@ def epoch_order(n:int, # number of rows of the data
     turn = {name:k for k,name in enumerate(dict.fromkeys(groups[i] for i in order))}
     return sorted(order,key=lambda i: turn[groups[i]])
 
+def _require_rows(n, size):
+    "Raise when no step can be made."
+    if n<1 or size<1: raise ValueError(f"n={n!r} rows of data and size={size!r} rows of a step must both be 1 or more.")
+
 def step_rows(n:int, # number of rows of the data
               size:int, # rows of one step; the last step of an epoch may have fewer
               seed:int=0, # same seed, same order
               groups=None, # as in `epoch_order`
              ): # yields lists of row numbers, without end
     "The rows of step 1, of step 2 and so on, epoch after epoch."
+    _require_rows(n,size)
     for epoch in count():
         order = epoch_order(n,epoch,seed,groups)
         yield from (order[i:i+size] for i in range(0,n,size))
@@ -45,6 +52,7 @@ def count_steps(n:int, # number of rows of the data
                 max_steps:int=-1, # number of steps; above 0 it overrules num_train_epochs
                )->int: # steps
     "The number of training steps."
+    _require_rows(n,size)
     return max_steps if max_steps>0 else max(1,math.ceil(num_train_epochs*math.ceil(n/size)))
 
 # %% ../nbs/12_loop.ipynb #4660102f
@@ -56,6 +64,7 @@ def lr_factor(step:int, # number of steps already done, from 0
               kind:str="cosine", # one of SCHEDULES; names as in transformers
              )->float: # share of the learning rate, 0 to 1
     "The share of the learning rate that a step uses."
+    if kind not in SCHEDULES: raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(SCHEDULES)}.")
     if kind=="constant": return 1.
     if step<warmup: return step/max(1,warmup)
     if kind=="constant_with_warmup": return 1.
@@ -83,6 +92,13 @@ def _loss_and_count(loss_fn, model, batch):
     return out[0],int(out[1]),{k:float(v) for k,v in (out[2] if len(out)>2 else {}).items()}
 
 # %% ../nbs/12_loop.ipynb #c16b29f0
+def _trainable(model):
+    "The weights that are trained; raise when there are none."
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found: raise ValueError("The model has no trainable weight: all are frozen. Add an adapter "
+        "(lesson 08_lora), or set requires_grad to True for the weights that shall learn.")
+    return found
+
 def sum_gradients(model, # the model; gradients are added to those it has
                   loss_fn, # loss_fn(model, batch) -> (sum of losses, number of items)
                   batches, # the pieces of one large batch
@@ -92,7 +108,7 @@ def sum_gradients(model, # the model; gradients are added to those it has
                   team=None, # the `Team` of processes that share the batch (difficulty 10); None: alone
                  )->tuple: # loss per item of the whole, number of items, more metrics per item
     "Gradients of the mean loss over all items of all pieces."
-    params = params or [p for p in model.parameters() if p.requires_grad]; device = params[0].device
+    params = params or _trainable(model); device = params[0].device
     total,items,more = 0.,0,{}
     for batch in batches:
         with torch.autocast(device.type,torch.bfloat16,enabled=bf16):
@@ -143,9 +159,7 @@ def make_optimizer(model, # weights with requires_grad are trained
                    weight_decay:float=0., # pull towards 0, for weights with two or more dimensions
                   ): # torch.optim.AdamW
     "AdamW for the trainable weights of a model."
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params: raise ValueError("The model has no trainable weight: all are frozen. Add an adapter "
-        "(lesson 08_lora), or set requires_grad to True for the weights that shall learn.")
+    params = _trainable(model)
     groups = [dict(params=[p for p in params if p.ndim>=2],weight_decay=weight_decay),
               dict(params=[p for p in params if p.ndim<2],weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g["params"]],lr=learning_rate)
@@ -225,19 +239,37 @@ def _check_settings(n, s):
     if s["eval_steps"] and s["evaluate"] is None: raise ValueError(f"eval_steps={s['eval_steps']} asks for "
         "validations, but evaluate is missing. Give a function, or set eval_steps=0.")
 
+# %% ../nbs/12_loop.ipynb #5e1f0c21
+def _pack(state): return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+def _unpack(text): return torch.frombuffer(bytearray(base64.b64decode(text)),dtype=torch.uint8)
+
+def get_chance()->dict: # plain values
+    "The state of all random numbers."
+    kind,keys,*rest = np.random.get_state()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return dict(python=random.getstate(),numpy=[kind,keys.tolist(),*rest],
+                torch=_pack(torch.get_rng_state()),cuda=[_pack(s) for s in cards])
+
+def set_chance(state:dict, # from `get_chance`
+              )->None:
+    "Random numbers go on where they were."
+    version,numbers,gauss = state["python"]; random.setstate((version,tuple(numbers),gauss))
+    kind,keys,*rest = state["numpy"]; np.random.set_state((kind,np.array(keys,dtype=np.uint32),*rest))
+    torch.set_rng_state(_unpack(state["torch"]))
+    if state["cuda"]: torch.cuda.set_rng_state_all([_unpack(s) for s in state["cuda"]])
+
 # %% ../nbs/12_loop.ipynb #4cbd1a4d
 def run_validation(model, # the model
                    evaluate, # evaluate(model) -> dict of val_ metrics
                    log, # the RunLog; it gets the metrics
                    at, # from `progress_at`: where the run is
                   )->None:
-    "Run a validation and log it; the model's mode and torch's random numbers are put back."
+    "Run a validation and log it; the model's mode and all random numbers are put back."
     log.say("evaluating")
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type=="cuda"})
-    was_training = model.training; model.eval()
+    was_training,chance = model.training,get_chance(); model.eval()
     try:
-        with torch.random.fork_rng(devices=gpus), torch.no_grad(): metrics = evaluate(model)
-    finally: model.train(was_training)
+        with torch.no_grad(): metrics = evaluate(model)
+    finally: model.train(was_training); set_chance(chance)
     log.val(**at,**metrics)
 
 def set_rate(optimizer, # any optimizer of torch

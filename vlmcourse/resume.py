@@ -5,50 +5,20 @@
 # %% ../nbs/12b_resume.ipynb #7850c8b2
 from __future__ import annotations
 
-import base64
 import os
-import random
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .core import atomic_path, read_json, run_dir, write_json
-from .loop import Team
-from .runlog import RunLog, clean_config, read_log
+from .loop import Team, get_chance, set_chance
+from .runlog import RunLog, clean_config, is_running, read_log
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'save_trained', 'load_trained', 'last_checkpoint', 'best_place', 'plateau_factor', 'Checkpoints',
            'of_all_processes', 'in_turns', 'replace_folder', 'check_output', 'open_run']
-
-# %% ../nbs/12b_resume.ipynb #abde102b
-def _pack(state):
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
-
-
-def _unpack(text):
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _get_chance():
-    "The state of all random numbers, as plain values."
-    kind, keys, *rest = np.random.get_state()
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest],
-                torch=_pack(torch.get_rng_state()), cuda=[_pack(s) for s in cards])
-
-
-def _set_chance(state):
-    "Random numbers go on where they were."
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_unpack(state["torch"]))
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([_unpack(s) for s in state["cuda"]])
 
 # %% ../nbs/12b_resume.ipynb #00b601dc
 def _trained(model):
@@ -108,12 +78,17 @@ def _set_optimizer(model, optimizer, numbers):
         optimizer.state[p] = {k.rpartition("/")[2]: numbers[k].to(place(k)) for k in keys}
 
 # %% ../nbs/12b_resume.ipynb #80b1c1c0
+def _kept_steps(folder):
+    "The steps of the checkpoints that are ours, oldest first; those of other trainers have no loop.json."
+    names = [p.name for p in Path(folder).glob("checkpoint-*") if (p / "loop.json").exists()]
+    return sorted(int(n[11:]) for n in names if re.fullmatch(r"checkpoint-\d+", n))
+
+
 def last_checkpoint(
     output_dir: str | Path,  # folder of a run
 ) -> int:  # its step; 0: there is none
     "The newest checkpoint of a run."
-    names = [p.name for p in Path(output_dir).glob("checkpoint-*") if (p / "loop.json").exists()]
-    return max((int(n[11:]) for n in names if re.fullmatch(r"checkpoint-\d+", n)), default=0)
+    return max(_kept_steps(output_dir), default=0)
 
 # %% ../nbs/12b_resume.ipynb #092de1f4
 def best_place(
@@ -216,8 +191,7 @@ def _cannot_write(folder, error):
 
 def _remove_old(folder, limit):
     "Remove all but the newest checkpoints; a half-removed one has no name any more."
-    steps = sorted(int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
-    for step in steps[:-limit]:
+    for step in _kept_steps(folder)[:-limit]:
         gone = folder / f".tmp-old-checkpoint-{step}"
         os.replace(folder / f"checkpoint-{step}", gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -236,7 +210,7 @@ def due(self: Checkpoints, step: int) -> bool:
 @patch
 def save(self: Checkpoints, step: int, model, optimizer, recent: list = ()) -> None:
     "Keep the state after `step` steps; `recent`: losses that the log does not have yet."
-    chance, folder = of_all_processes(_get_chance()), self.folder / f"checkpoint-{step}"
+    chance, folder = of_all_processes(get_chance()), self.folder / f"checkpoint-{step}"
     if Team().rank or folder.exists():
         return
     self.log.save()
@@ -252,6 +226,8 @@ def restore(self: Checkpoints, model, optimizer) -> tuple:
     "Put back the newest checkpoint; (steps done, losses that the log does not have yet)."
     from safetensors.torch import load_file
 
+    if self.log.resumed_at is None:  # nobody asked to go on
+        return 0, []
     for left_over in self.folder.glob(".tmp-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     step = last_checkpoint(self.folder)
@@ -264,7 +240,7 @@ def restore(self: Checkpoints, model, optimizer) -> tuple:
     if len(kept["chance"]) != Team().size:
         raise ValueError(f"{folder} was written by {len(kept['chance'])} processes, and now there "
                          f"are {Team().size}. Start as many as before.")
-    _set_chance(kept["chance"][Team().rank])
+    set_chance(kept["chance"][Team().rank])
     return kept["step"], kept["recent"]
 
 # %% ../nbs/12b_resume.ipynb #05d61b66
@@ -339,12 +315,19 @@ def check_output(
                          "that was killed or stopped.")
     if path is None or not path.exists():
         return
+    if is_running(path) and (pid := read_json(path / "RUNNING")["pid"]) != os.getpid() and not Team().rank:
+        raise ValueError(f"output_dir={str(output_dir)!r} is being written by another program (process {pid}). "
+                         "Give another output_dir, or stop that run first: ask_run(output_dir, 'stop').")
     if not (resume_from_checkpoint and (path / "training_log.json").exists()):
         run_dir(path)  # raises when a run has trained there
         if (path / "final").exists():
             raise FileExistsError(
                 f"output_dir={str(output_dir)!r} already holds a folder final/, which is "
                 "never overwritten. Give another output_dir, or move the old folder away.")
+        if old := sorted(p.name for p in path.glob("checkpoint-*")):
+            raise FileExistsError(
+                f"output_dir={str(output_dir)!r} already holds {old[0]} of another training, and no log of a "
+                "run to go on with. Give another output_dir, or move the old folder away.")
     elif read_log(path)["status"] == "finished":
         raise ValueError(f"The run in output_dir={str(output_dir)!r} is finished; there is nothing "
                          "to resume. To train on from its model, give model=<this folder> and "
