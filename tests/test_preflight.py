@@ -82,6 +82,42 @@ def test_too_long_records_and_records_without_answer(monkeypatch):
     assert [r[:2] for r in report.rows] == [("records", "fail")] and not report.ok
 
 
+def first(report): return report.rows[0]
+
+
+def test_questions_are_enough_for_groups():
+    asked = [{**r, "messages": r["messages"][:1]} for r in RECORDS]
+    report = check_run(asked, device="cpu", num_generations=8, max_completion_length=100)
+    assert report.ok and first(report)[:2] == ("records", "pass") and "of up to 100 tokens" in repr(report)
+    assert {r[0]: r[2] for r in report.rows} .keys() == {r[0]: r[2] for r in check_run(RECORDS, device="cpu", num_generations=8).rows}.keys()
+    assert memory(report) > memory(check_run(asked, device="cpu", num_generations=8, max_completion_length=10))
+    assert not check_run(asked, device="cpu", num_generations=8, max_completion_length=2100).ok, "question and answer share the window"
+    refused = check_run([*RECORDS, asked[0]], device="cpu")
+    assert not refused.ok and "1 of 25 have no answer, the first is record 25" in first(refused)[2]
+
+
+def test_pairs():
+    said = lambda text: dict(role="assistant", content=text)
+    pairs = [{**r, "messages": r["messages"][:1], "chosen": r["messages"][1]["content"], "rejected": "No idea."} for r in RECORDS]
+    for change in (dict(), dict(chosen=[said("Rhodes")], rejected=said("Samos"))):
+        report = check_run([{**p, **change} for p in pairs], device="cpu")
+        assert report.ok and first(report)[:2] == ("records", "pass") and "24 rows are 3 steps" in repr(report) and "24 of 24 records" in repr(report)
+    assert memory(check_run(pairs, device="cpu")) > memory(check_run(RECORDS, device="cpu")), "two answers to each question"
+    for change in (dict(rejected=None), dict(rejected="  "), dict(chosen=[])):
+        report = check_run([*pairs, {**pairs[0], **change}], device="cpu")
+        assert not report.ok and "the first is record 25" in first(report)[2]
+
+
+@pytest.mark.parametrize("reason,change", [
+    ("id used twice", dict(id="same")), ("bad object", dict(objects=[dict(label="vase", bbox=[1, 2])])),
+    ("box outside the picture", dict(objects=[dict(label="vase", bbox=[0, 0, 9000, 9000])]))])
+def test_what_no_training_reads_is_a_warning(reason, change):
+    report = check_run([*RECORDS, {**RECORDS[0], "id": "a", **change}, {**RECORDS[1], "id": "b", **change}], device="cpu")
+    assert report.ok and first(report)[:2] == ("records", "warn") and reason in first(report)[2]
+    from vlmcourse.formats import read_records
+    assert len(read_records([{**RECORDS[0], **change}])) == 1, "a training takes it"
+
+
 def test_no_signal_equals_counting():
     for p in (0., .1, .5, 1.):
         for g in (2, 3, 8): assert no_signal(p, g) == pytest.approx(p**g + (1-p)**g)

@@ -12,28 +12,30 @@ import torch
 
 from .core import pick_device
 from .evaluate import Table
-from .formats import check_records, read_records
+from .formats import RecordReport, check_records, read_records
 from .loop import count_steps
 from .lora import add_lora, count_trainable
 from .vlm import encode, find_model, quiet_transformers
 
 # %% auto #0
-__all__ = ['BYTES', 'row_tokens', 'ghost_model', 'kept_bytes', 'activation_bytes', 'no_signal', 'Preflight', 'free_bytes',
-           'memory_bytes', 'check_run']
+__all__ = ['BYTES', 'HARMLESS', 'row_tokens', 'ghost_model', 'kept_bytes', 'activation_bytes', 'no_signal', 'Preflight',
+           'free_bytes', 'memory_bytes', 'check_run']
 
 # %% ../nbs/13e_preflight.ipynb #6b1b71fd
 def row_tokens(
     processor,  # the model's processor
     records: list,  # records with answers
+    *,
+    completion: int | None = None,  # tokens the model may write itself; None: the record's own answer
 ) -> list:  # a dict per record: total, picture, answer (tokens)
     "How many tokens each record has, and of which kind."
     rows = []
     for record in records:
-        batch = encode(processor, [record])
+        batch = encode(processor, [record], answers=completion is None)
         ids = batch["input_ids"]
         picture = int((ids == processor.image_token_id).sum())
-        answer = int((batch["labels"] != -100).sum()) if "labels" in batch else 0
-        rows.append(dict(total=ids.shape[1], picture=picture, answer=answer))
+        answer = completion or int((batch["labels"] != -100).sum())
+        rows.append(dict(total=ids.shape[1] + (completion or 0), picture=picture, answer=answer))
     return rows
 
 # %% ../nbs/13e_preflight.ipynb #6cb8149b
@@ -130,20 +132,17 @@ class Preflight:
         return repr(self._table())
 
 # %% ../nbs/13e_preflight.ipynb #0ce46fda
-def _data_rows(records, tokens, window):
-    "Checks of the records and of their tokens."
+def _data_rows(seen, n, tokens, window, groups):
+    "Checks of the tokens of `seen` of n records."
     total = sorted(row["total"] for row in tokens)
     over = sum(n > window for n in total)
-    none = sum(row["answer"] == 0 for row in tokens)
     share = sum(r["answer"] for r in tokens) / sum(total)
-    seen = f"{len(tokens)} of {len(records)} records counted"
     pictures = sorted(row["picture"] for row in tokens)
-    yield ("tokens", "pass", f"{seen}: {total[0]} to {total[-1]}, of which pictures "
+    yield ("tokens", "pass", f"{seen} of {n} records counted: {total[0]} to {total[-1]}, of which pictures "
            f"{pictures[0]} to {pictures[-1]}")
     yield ("context length", "fail" if over else "pass", f"longest {total[-1]} of {window} tokens"
            + (f"; {over} records are longer: use smaller pictures or shorter texts" * bool(over)))
-    yield ("answers", "fail" if none else "pass", f"{share:.1%} of the tokens carry loss"
-           + (f"; {none} records have none" * bool(none)))
+    yield "answers", "pass", "at most " * bool(groups) + f"{share:.1%} of the tokens carry loss"
 
 
 def _step_rows(n, s):
@@ -171,8 +170,8 @@ def _group_rows(s):
     if not group:
         return
     size = s["per_device_train_batch_size"] * s["gradient_accumulation_steps"] * s["processes"]
-    yield ("groups", "pass" if group > 1 else "fail", f"{size} questions × {group} answers = {size * group} answers a step"
-           + "; a group needs at least 2, to compare" * (group < 2))
+    yield ("groups", "pass" if group > 1 else "fail", f"{size} questions × {group} answers = {size * group} answers a step, "
+           f"of up to {s['max_completion_length']} tokens" + "; a group needs at least 2, to compare" * (group < 2))
     if s["pass_rate"] is not None:
         lost = no_signal(s["pass_rate"], group)
         yield ("signal", "warn" if lost > 0.5 else "pass",
@@ -222,6 +221,40 @@ def memory_bytes(
     return dict(weights=_frozen_bytes(ghost, quantize) + trained * 4, gradients=4 * trained,
                 optimizer=8 * trained, activations=kept)
 
+# %% ../nbs/13e_preflight.ipynb #5e1f0c31
+HARMLESS = ("id used twice", "bad object", "box outside the picture")  # no training stops at them
+
+
+def _said(side):
+    "The text of one side of a pair: a text, a message, or messages that end with it."
+    turn = side[-1] if isinstance(side, list) and side else side
+    text = turn.get("content") if isinstance(turn, dict) else turn
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def _answers(record):
+    "The record with its answer, or a pair with each of its two; an empty list: an answer is missing."
+    turns, sides = record["messages"], [_said(record.get(k)) for k in ("chosen", "rejected")]
+    if turns[-1]["role"] == "assistant":
+        return [record] if turns[-1]["content"].strip() else []
+    both = [{**record, "messages": [*turns, dict(role="assistant", content=text)]} for text in sides]
+    return both if all(sides) else []
+
+
+def _check_data(data, groups):
+    "(records, the first rows of the table); no records when they cannot be used."
+    report = check_records(data, answers=False)
+    stop, go = ([p for p in report.problems if (p[1] in HARMLESS) == mild] for mild in (False, True))
+    show = lambda problems: repr(RecordReport(report.source, report.total, problems))
+    if stop:
+        return [], [("records", "fail", show(stop))]
+    records = read_records(data, answers=False)
+    bad = [] if groups else [i for i, record in enumerate(records, 1) if not _answers(record)]
+    if bad:
+        return [], [("records", "fail", f"{len(bad)} of {len(records)} have no answer, the first is record {bad[0]}; SFT needs "
+                     "an answer, DPO chosen and rejected, and GRPO only a question: give num_generations")]
+    return records, [("records", "warn", show(go)) if go else ("records", "pass", f"{len(records)} without a fault")]
+
 # %% ../nbs/13e_preflight.ipynb #b1d02f79
 def check_run(
     data,  # records to learn from: a .json or .jsonl file, or a list
@@ -237,6 +270,7 @@ def check_run(
     gradient_checkpointing: bool = False,  # less memory, more time
     eval_steps: int = 0,  # steps between validations; 0: only before and after
     num_generations: int = 0,  # GRPO: answers per question; 0: no groups
+    max_completion_length: int = 64,  # GRPO: the longest answer, in tokens
     pass_rate: float | None = None,  # GRPO: share of right answers now; None: not known
     device: str | None = None,  # "cpu", "cuda"; None: the best there is
     sample: int = 64,  # records whose tokens are counted
@@ -244,18 +278,20 @@ def check_run(
     "What a training with these settings would do, before it starts."
     settings = dict(locals())
     _check_numbers(settings)
-    report = check_records(data)
-    if report.bad:
-        return Preflight([("records", "fail", repr(report))])
-    records, device = read_records(data), pick_device(device)
+    records, rows = _check_data(data, num_generations)
+    if not records:
+        return Preflight(rows)
+    device = pick_device(device)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     ghost, processor = ghost_model(model, lora_r=lora_r, dtype=dtype)
-    tokens = row_tokens(processor, _spread(records, sample))
-    config = ghost.config.get_text_config()
-    rows = [("records", "pass", f"{len(records)} without a fault")]
-    rows += _data_rows(records, tokens, config.max_position_embeddings)
+    sides = [_answers(record) or [record] for record in _spread(records, sample)]
+    each = num_generations or max(map(len, sides))  # answers to one question
+    completion = max_completion_length if num_generations else None
+    tokens = row_tokens(processor, sum(sides, []), completion=completion)
+    window = ghost.config.get_text_config().max_position_embeddings
+    rows += _data_rows(len(sides), len(records), tokens, window, num_generations)
     rows += [*_step_rows(len(records), settings), *_group_rows(settings)]
-    rows += _memory_rows(ghost, tokens, device, settings)
+    rows += _memory_rows(ghost, tokens, device, each, settings)
     return Preflight(rows)
 
 # %% ../nbs/13e_preflight.ipynb #12dadf76
@@ -264,7 +300,7 @@ def _check_numbers(s):
     whole = lambda v, low: type(v) is int and v >= low
     count, rate = "a whole number from 1 up", s["pass_rate"]
     rules = {name: (whole(s[name], 1), count) for name in (
-        "per_device_train_batch_size gradient_accumulation_steps processes lora_r sample").split()}
+        "per_device_train_batch_size gradient_accumulation_steps processes lora_r sample max_completion_length").split()}
     rules |= dict(
         num_train_epochs=(type(s["num_train_epochs"]) in (int, float) and 0 < s["num_train_epochs"] < math.inf, "a number above 0"),
         max_steps=(whole(s["max_steps"], 1) or s["max_steps"] == -1, "-1 (off) or a number of steps"),
@@ -282,10 +318,10 @@ def _spread(items, n):
     return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
 
 
-def _memory_rows(ghost, tokens, device, s):
+def _memory_rows(ghost, tokens, device, each, s):
     "The check of the memory."
     answer, total = (max(r[k] for r in tokens) for k in ("answer", "total"))
-    more = answer * max(0, s["num_generations"] - 1)  # a group shares its question
+    more = answer * (each - 1)  # the answers of a group, or of a pair, share their question
     need = memory_bytes(
         ghost, batch_size=s["per_device_train_batch_size"], tokens=total + more, answer_tokens=answer + more,
         quantize=s["quantize"], gradient_checkpointing=s["gradient_checkpointing"])
