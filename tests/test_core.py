@@ -191,3 +191,50 @@ def test_device_from_the_environment(monkeypatch):
 def test_hash_of_a_folder_or_nothing(tmp_path):
     for p in (tmp_path, tmp_path/"no"):
         with pytest.raises(FileNotFoundError): file_hash(p)
+
+
+# --- the command line ----------------------------------------------------------
+@pytest.mark.parametrize("command,words,found", [
+    ("sft", "--greater_is_better False --plot False", dict(greater_is_better=False, plot=False)),
+    ("sft", "--greater-is-better=0 --plot auto", dict(greater_is_better=False, plot="auto")),
+    ("grpo", "--greater_is_better no --plot True", dict(greater_is_better=False, plot=True)),
+    ("grpo", "--greater_is_better true", dict(greater_is_better=True, plot="auto")),
+    ("grpo_trl", "--greater_is_better None --learning_rate None", dict(greater_is_better=None, learning_rate=None, more=None)),
+    ("dpo", "--generation_metric None --quantize none --device cpu", dict(generation_metric=None, quantize=None, device="cpu")),
+    ("sft", "--learning-rate 1e-3 --bf16 --val-data None.json", dict(learning_rate=1e-3, bf16=True, val_data="None.json"))])
+def test_words_become_values(command, words, found):
+    from vlmcourse.cli import options
+    got = options(command, ["d.json", *words.split()])
+    assert {k: got[k] for k in found} == found and got["data"] == "d.json"
+    assert all(type(got[k]) is type(v) for k, v in found.items()), "0 is not False here"
+
+
+def test_settings_of_trl_are_json(capsys):
+    from vlmcourse.cli import options
+    assert options("grpo_trl", ["d", "--more", '{"use_vllm": true, "beta": 0.1}'])["more"] == dict(use_vllm=True, beta=.1)
+    for command, *words in (("grpo_trl", "--more", "use_vllm"), ("grpo_trl", "--more", "3"), ("sft", "--greater_is_better", "maybe"), ("sft", "--learning_rate", "fast")):
+        with pytest.raises(SystemExit) as end: options(command, ["d", *words])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and words[0] in said and f"{words[1]!r} cannot be read; give " in said
+
+
+def test_exit_codes(tmp_path, capsys):
+    from vlmcourse.cli import main
+    answered = [dict(role="user", content="Which?"), dict(role="assistant", content="This.")]
+    for name, turns in (("good", answered), ("bad", answered[:1])): write_json(tmp_path/f"{name}.json", [dict(id=str(i), images=[], messages=turns) for i in range(2)])
+    for command in (["check"], ["preflight", "--device", "cpu"]):
+        assert [main([*command, str(tmp_path/f"{name}.json")]) for name in ("good", "bad", "none")] == [0, 1, 2]
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_errors_of_the_system_are_said_in_words(tmp_path, monkeypatch, capsys):
+    from vlmcourse import cli
+    for error, says in ((PermissionError(13, "Permission denied", "/there"), "vlmcourse check: /there cannot be read or written (Permission denied). Check"),
+                        (OSError(28, "No space left on device"), "a file cannot be read or written (No space left on device)"), (OSError("checkpoint-2 could not be written"), "check: checkpoint-2")):
+        def fails(**_): raise error
+        monkeypatch.setattr(cli, "load", lambda command: fails)
+        monkeypatch.setattr(cli, "options", lambda *_: {})
+        assert cli.main(["check", "d"]) == 2 and says in capsys.readouterr().err
+    def gone(**_): raise BrokenPipeError
+    monkeypatch.setattr(cli, "load", lambda command: gone)
+    with pytest.raises(BrokenPipeError): cli.run(["check", "d"])        # `main` knows what to do
