@@ -145,3 +145,4 @@ def test_pictures_of_another_data_set_stay(tmp_path):
     assert [p.name for p in (tmp_path/"images").iterdir()] == ["note.txt"] and not (tmp_path/"records.json").exists()
     (tmp_path/"images/note.txt").unlink()
     assert save_records(records, tmp_path).exists()
+    with pytest.raises(FileExistsError, match="records.json is already there"): save_records(records, tmp_path/"records.json")

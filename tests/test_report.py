@@ -85,6 +85,8 @@ def test_no_id_any_meta(folder):
     found = read(folder, rows)
     assert [r["id"] for r in found] == ["1", "2", "9"] and [result_row(r, "x")["task"] for r in found] == ["all", "count", "town"]
     assert [row.get("task") for row in read_json(write_eval(found, folder/"again"))] == [None, "count", "town"]
+    assert [row["id"] for row in read_json(write_eval([r | {"id": None} for r in found], folder/"nameless"))] == ["1", "2", "3"]
+    with pytest.raises(FileExistsError, match="a.png is already there"): write_eval(found, folder/"a.png")
 
 
 @pytest.mark.parametrize("content", [{}, [], "text", 7, None])

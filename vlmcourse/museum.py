@@ -576,7 +576,7 @@ def save_records(records:list,  # records with PIL pictures
                 )->Path:        # path of records.json
     "Write pictures as PNG and the records as JSON with relative paths."
     folder = Path(folder); out = folder/"records.json"
-    for there in (out,*(folder/"images").glob("*")):
+    for there in [folder] if folder.is_file() else [out,*(folder/"images").glob("*")]:
         if there.exists(): raise FileExistsError(f"save_records: {there} is already there and would be overwritten. Choose another folder or move it away.")
     (folder/"images").mkdir(parents=True,exist_ok=True); rows = []
     for i,r in enumerate(records):

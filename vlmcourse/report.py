@@ -172,8 +172,8 @@ def read_eval(
     return list(records.values())
 
 # %% ../nbs/13d_report.ipynb #93f6c327
-def _record_row(record, names):
-    "The sample of one record."
+def _record_row(record, names, number):
+    "The sample of one record; `number` is its id when it has none."
     asked = [t["content"] for t in record["messages"] if t["role"] != "assistant"]
     if len(asked) != 1:
         raise ValueError(
@@ -182,7 +182,7 @@ def _record_row(record, names):
         )
     said = record["messages"][-1]["content"]
     row = dict(
-        id=str(record["id"]),
+        id=str(number if record.get("id") is None else record["id"]),
         img_name=names[0] if len(names) == 1 else names,
         question=asked[0],
         answer=true_answer(record),
@@ -202,7 +202,8 @@ def write_eval(
 ) -> Path:  # the file eval.json
     "Write records as a file of evaluation samples, with their pictures beside it."
     folder = Path(folder)
-    for there in (folder / "eval.json", *(folder / "images").glob("*")):
+    mine = [folder / "eval.json", *(folder / "images").glob("*")]
+    for there in [folder] if folder.is_file() else mine:
         if there.exists():
             raise FileExistsError(
                 f"write_eval: {there} is already there and would be overwritten. "
@@ -221,7 +222,7 @@ def write_eval(
                 shutil.copyfile(image, inside(folder, names[-1]))
             else:
                 image.convert("RGB").save(folder / names[-1], quality=90)
-        rows.append(_record_row(record, names))
+        rows.append(_record_row(record, names, i + 1))
     write_json(folder / "eval.json", rows)
     return folder / "eval.json"
 
