@@ -111,6 +111,11 @@ def test_watching_gives_up_on_silence(tmp_path):
     assert [l["status"] for l in seen] == ["unknown", "silent"] and .3 <= time.time()-t < 20
 
 
+def test_watching_has_patience_with_a_process_that_lives(tmp_path):
+    log = run_of(tmp_path/"r", n=1, end=False); threading.Timer(1.2, log.finish).start()
+    assert [l["status"] for l in watch_log(tmp_path/"r", every=.02, patience=.3)] == ["running", "finished"]
+
+
 def test_a_state_that_is_being_written(tmp_path):
     file = tmp_path/"trainer_state.json"; whole = json.dumps(dict(log_history=[dict(step=1, loss=1.)], max_steps=1, global_step=1))
     file.write_text(whole[:20])

@@ -108,8 +108,19 @@ def test_a_run_is_not_overwritten(tmp_path):
     (dict(a=dict(b=[dict(client_secret="x")])), True), (dict(cmd="run --key sk-abcdefghijklmnop"), True),
     (dict(url="https://me:secret@host/x"), True), (dict(x="hf_ABCDEFGHIJKLMNOPQRST"), True), (dict(env="TOKEN=ghp_abcdefghijklmnop123"), True),
     (dict(max_new_tokens=96), False), (dict(image_token="<|image_pad|>"), False), (dict(metric_key="accuracy"), False),
-    (dict(url="https://host/x@y"), False), (dict(model="tiny", tokens="a b c"), False), (dict(password=None, api_key=""), False)])
+    (dict(url="https://host/x@y"), False), (dict(model="tiny", tokens="a b c"), False), (dict(password=None, api_key=""), False),
+    ({"api-key": "abc"}, True), ({"X-Api-Key": "abc"}, True), (dict(apiKey="abc"), True), (dict(hubToken="abcdefghijkl"), True), (dict(HFToken="abcdefghijkl"), True),
+    (dict(password=12345), True), (dict(api_keys=["a", "b"]), True), (dict(credentials=dict(user="a", word="b")), True), (dict(hub_token=["abcdefghijkl"]), True),
+    (dict(passphrase="x"), True), (dict(sessionCookie="x"), True), (dict(url="https://host/x?n=1&api_key=a1"), True), (dict(url="http://host/?Token=a1"), True),
+    (dict(url="https://abc123@host/x"), True), (dict(url="https://me:p@ss@host/x"), True),
+    (dict(use_auth_token=True), False), (dict(api_keys=[], secrets={}), False), (dict(stop_token=["<|im_end|>", "<|endoftext|>"]), False),
+    (dict(key=3, eos_token_id=151645), False), (dict(url="https://host/x?n=1&page=2"), False), (dict(url="https://host/?mail=me@x"), False)])
 def test_secrets(config, hidden): assert ("***" in json.dumps(clean_config(config))) == hidden
+
+
+def test_of_an_address_only_the_secret_is_hidden():
+    assert clean_config(["https://me:p@ss@host/x?n=1&api_key=a1&m=2", "see https://host/a, mail me@x"]) == [
+        "https://***@host/x?n=1&api_key=***&m=2", "see https://host/a, mail me@x"]
 
 
 def test_secrets_in_an_error(tmp_path):
@@ -355,6 +366,19 @@ def test_asked_from_outside(tmp_path):
     with pytest.raises(FileNotFoundError): ask_run(tmp_path/"none", "stop")
 
 
+def test_no_second_writer_before_the_first_row(tmp_path):
+    code = "import sys, time; from vlmcourse.runlog import RunLog\nRunLog(sys.argv[1], dict(a=1), progress=False); print('go', flush=True); time.sleep(60)"
+    p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"r")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == "go\n"
+        with pytest.raises(ValueError, match=f"process {p.pid}"): RunLog(tmp_path/"r", dict(a=2), progress=False)
+        assert read_log(tmp_path/"r")["config"] == dict(a=1)
+        RunLog(tmp_path/"r", progress=False, write=False)                  # a helper that only looks on
+    finally: p.kill(); p.wait()
+    RunLog(tmp_path/"r", dict(a=2), progress=False).finish()           # it is dead, and has no row
+    assert read_log(tmp_path/"r")["config"] == dict(a=2)
+
+
 def test_old_wishes_are_forgotten(tmp_path):
     log = RunLog(tmp_path/"r", progress=False); row(log, 1); ask_run(tmp_path/"r", "stop"); log.save()
     assert log.asked == "stop"
@@ -552,6 +576,25 @@ def test_nan_of_transformers(tmp_path):
     log = read_log(tmp_path)
     assert log["status"] == "finished" and log["train_history"] == [dict(step=1, epoch=1., samples=None, loss=None)]
     assert log["val_history"] == [dict(step=1, epoch=None, samples=None, val_loss=None)]
+
+
+def state(path, *rows):
+    path.write_text(json.dumps(dict(log_history=list(rows), max_steps=9, global_step=rows[-1]["step"]))); return read_log(path)
+
+
+def test_several_held_out_sets_are_one_row(tmp_path):
+    log = state(tmp_path/"trainer_state.json", dict(step=2, epoch=1., loss=3.), dict(step=2, eval_a_loss=1., epoch=1., eval_entropy=.5),
+                dict(step=2, eval_b_loss=2., epoch=1., eval_entropy=.6), dict(step=2, extra=7.), dict(step=4, eval_a_loss=.5), dict(step=4, eval_b_loss=.7))
+    assert log["train_history"] == [dict(step=2, epoch=1., samples=None, loss=3., extra=7.)]
+    assert [(r["step"], r["val_a_loss"], r["val_b_loss"]) for r in log["val_history"]] == [(2, 1., 2.), (4, .5, .7)]
+    assert log["left_out"] == {"val_entropy (twice in a step)": 1}
+
+
+def test_several_held_out_sets_done_again(tmp_path):
+    again = [dict(step=s, **{f"eval_{n}_loss": v}) for s, v in ((2, 1.), (4, .5), (2, .9), (4, .4)) for n in "ab"]
+    log = state(tmp_path/"trainer_state.json", *again)
+    assert [(r["step"], r["val_a_loss"], r["val_b_loss"]) for r in log["val_history"]] == [(2, .9, .9), (4, .4, .4)]
+    assert log["left_out"] == {"done again": 2}
 
 
 def test_numbers_written_as_text_and_other_texts(tmp_path):

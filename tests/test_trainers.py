@@ -470,6 +470,26 @@ def test_the_register_decides_the_names(shelf):
         read_dataset(shelf / "info.json")
 
 
+def test_nothing_of_the_users_is_replaced(tmp_path, museum):
+    records = museum[1][:3]
+    mine = {"train": {"file_name": "mine.json"}}
+    write_json(tmp_path / "dataset_info.json", mine)
+    write_json(tmp_path / "train_meta.json", mine)
+    for format, contains in (("llamafactory", "dataset_info.json holds another"), ("internvl", "train_meta.json holds another")):
+        with pytest.raises(FileExistsError, match=contains):
+            write_dataset(records, tmp_path, format=format)
+        with pytest.raises(ValueError, match="LLaMA-Factory's register"):
+            write_dataset(records, tmp_path, format=format, name="dataset_info")
+    assert {p.name for p in tmp_path.iterdir()} == {"dataset_info.json", "train_meta.json"}
+    write_dataset(records, tmp_path, format="llamafactory", name="other")
+    assert read_json(tmp_path / "dataset_info.json")["train"] == mine["train"] and read_json(tmp_path / "train_meta.json") == mine
+    for odd in ([], ["train"], "train"):
+        write_json(tmp_path / "dataset_info.json", odd)
+        with pytest.raises(ValueError, match="is not a register"):
+            write_dataset(records, tmp_path, format="llamafactory")
+        assert read_json(tmp_path / "dataset_info.json") == odd
+
+
 def test_registers_that_we_wrote(tmp_path, museum):
     _, base = museum
     for name, kind in (("a", "sft"), ("b", "pair")):

@@ -69,6 +69,11 @@ def smooth(
     weight: float,  # share of the old mean in the new one, 0 (no smoothing) to below 1
 ) -> list:  # as many numbers as `values`
     "Exponential moving average, corrected for its start."
+    if not 0 <= weight < 1:
+        raise ValueError(
+            f"The weight of smoothing is {weight!r}; it must be 0 (none) or more, and "
+            "below 1, such as 0.9."
+        )
     out, mean, rest = [], 0.0, 1.0
     for v in values:
         if v is not None:

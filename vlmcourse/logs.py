@@ -231,7 +231,7 @@ def watch_log(
     path:str|Path, # folder of a run or log file
     *,
     every:float=.5, # s between two looks
-    patience:float=600, # s without news after which a run of unknown fate is given up
+    patience:float=600, # s without news after which a run is given up, unless its process lives
 ): # yields the record: as it is, after each change, and when the run is over
     "Follow a run that another program writes, until it ends."
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -241,7 +241,7 @@ def watch_log(
         now, log = _look(path)
         if log and log["status"] == "running" and alive is False:
             log["status"] = "killed"
-        if log and time.monotonic() - news > patience and now == mark:
+        if log and not alive and time.monotonic() - news > patience and now == mark:
             log["status"] = "silent"
         over = log and log["status"] not in ("running", "unknown")
         if log and (now != mark or over):

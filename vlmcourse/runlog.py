@@ -43,32 +43,39 @@ def _number(name, v):
 
 # %% ../nbs/10_runlog.ipynb #e6fe3a25
 _secret_name = re.compile(
-    r"password|passwd|(^|_)pwd$|secret|credential|authorization"
+    r"password|passwd|passphrase|(^|_)pwd$|secret|credential|authorization|cookie"
     r"|api_?key|access_?key|private_?key",
     re.I,
 )
 # `hub_token`, but also `eos_token`
 _maybe_secret = re.compile(r"(^|_)(token|key|auth)$", re.I)
-# a key as its maker writes it, name:password@ in an address, or what a web service is sent
+# a key as its maker writes it, what stands before @ or behind ?token= in an address,
+# or what a web service is sent
 _secret_text = re.compile(
-    r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)"
-    r"[\w-]{12,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"\b(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[\w-]{12,}"
+    r"|(?<=://)[^/?#\s\"']+(?=@)|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"|([?&][\w.-]*(?i:key|token|auth|secret|credential|signature|sig|passwd|password)=)"
+    r"[^&#\s\"']+"
 )
+_new_word = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|\W")
 
 
 def _hide(text):
-    return _secret_text.sub("***", text)
+    return _secret_text.sub(r"\1***", text)
 
 
 def _is_secret(name, v):
-    return (
-        isinstance(v, str)
-        and v != ""
-        and bool(
-            _secret_name.search(name)
-            or _maybe_secret.search(name)
-            and len(v) >= 12
-            and not v.startswith("<")
+    "Whether what stands under this name is a secret; apiKey is read as api_Key."
+    several = isinstance(v, (list, tuple, set))
+    if v is None or isinstance(v, bool) or (several or isinstance(v, (str, dict))) and not v:
+        return False
+    name, values = _new_word.sub("_", name), v if several else [v]
+    return bool(
+        _secret_name.search(name)
+        or _maybe_secret.search(name)
+        and any(
+            isinstance(x, (str, int)) and len(str(x)) >= 12 and str(x)[0] != "<"
+            for x in values
         )
     )
 
@@ -129,6 +136,8 @@ class RunLog:
         self.config = clean_config(config or {})
         self.train_history, self.val_history, self.best_checkpoint = [], [], None
         self.total_steps, self.resumed_at, self.writes = None, resume_step, write
+        if write and output_dir is not None:
+            _check_writer(Path(output_dir))
         if resume_step is None:
             self.output_dir = run_dir(output_dir) if write else Path(output_dir)
         else:
@@ -378,12 +387,6 @@ def _reopen(self: RunLog, output_dir, config, step):
         )
     folder = Path(output_dir)
     old = read_log(folder / "training_log.json")
-    if self.writes and is_running(folder) and _owner(folder).get("pid") != os.getpid():
-        raise ValueError(
-            f"The run in {folder} is still running (process {_owner(folder)['pid']}), "
-            "and two programs must not write one record. Stop it first: "
-            "ask_run(folder,'stop')."
-        )
     self.output_dir = folder
     if config is None:
         self.config = old["config"]
@@ -434,6 +437,17 @@ def is_running(
         )  # not a later namesake
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
+
+
+def _check_writer(folder):
+    "Raise when another process, and one that lives, writes the run in this folder."
+    pid = _owner(folder).get("pid")
+    if pid != os.getpid() and is_running(folder):
+        raise ValueError(
+            f"The run in {folder} is still running (process {pid}), and two programs "
+            "must not write one record. Give another output_dir, or stop it first: "
+            "ask_run(folder, 'stop')."
+        )
 
 # %% ../nbs/10_runlog.ipynb #eee919a4
 def ask_run(
@@ -896,6 +910,11 @@ def _as_number(v):
         return v
 
 # %% ../nbs/10_runlog.ipynb #9933b59a
+def _leave_out(log, reason):
+    "Count what is not taken over."
+    log["left_out"][reason] = log["left_out"].get(reason, 0) + 1
+
+
 def _parts_of(entry, log):
     "Metrics of training and of validation; the rest goes into summary and left_out."
     train, val = {}, {}
@@ -913,8 +932,7 @@ def _parts_of(entry, log):
             continue
         value = _as_number(value)
         if isinstance(value, (str, list, dict)):
-            reason = f"{name} (not a number)"
-            log["left_out"][reason] = log["left_out"].get(reason, 0) + 1
+            _leave_out(log, f"{name} (not a number)")
         elif name in _summary_names:
             log["summary"][name] = value
         elif name.startswith("eval_"):
@@ -944,28 +962,34 @@ def _from_entries(entries, source):
     for entry in entries:
         step, total = _step_of(entry) if isinstance(entry, dict) else (None, None)
         if step is None:
-            log["left_out"]["no step"] = log["left_out"].get("no step", 0) + 1
+            _leave_out(log, "no step")
             continue
         if total:
             log["total_steps"] = total
         at = dict(step=step, epoch=_as_number(entry.get("epoch")), samples=None)
         for name, found in zip(("train_history", "val_history"), _parts_of(entry, log)):
             if found:
-                _put_row(
-                    log, name, at | ({"loss": None} if name[0] == "t" else {}) | found
-                )
-    rows = log["train_history"]
+                _put_row(log, name, at | found)
+    rows = [dict.fromkeys((*PLACES, "loss")) | row for row in log["train_history"]]
+    log["train_history"] = rows
     if rows and rows[-1]["step"] >= log.get("total_steps", math.inf):
         log["status"] = "finished"
     return log
 
 
 def _put_row(log, name, row):
-    "Append a row; a step that comes again was done again, and replaces the old one."
-    rows = log[name]
+    "Append a row. New metrics of the last step join its row; else it was done again."
+    rows, last = log[name], log[name][-1] if log[name] else {}
+    if last.get("step") == row["step"] and not row.keys() <= last.keys():
+        new = {k: v for k, v in row.items() if k not in PLACES}
+        for k in new:
+            if last.get(k, new[k]) != new[k]:
+                _leave_out(log, f"{k} (twice in a step)")
+        last |= new
+        return
     while rows and rows[-1]["step"] >= row["step"]:
         rows.pop()
-        log["left_out"]["done again"] = log["left_out"].get("done again", 0) + 1
+        _leave_out(log, "done again")
     rows.append(row)
 
 # %% ../nbs/10_runlog.ipynb #abe36173

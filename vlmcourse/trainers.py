@@ -24,11 +24,11 @@ from .formats import (
     problem_text, put_marks, read_records, upright_size)
 
 # %% auto #0
-__all__ = ['KINDS', 'ROW_REMEDIES', 'OWN', 'EXTRA', 'TAKEN', 'CONV', 'REF', 'BOX', 'FORMATS', 'PAIRS', 'QWEN', 'ARROW', 'kind_of',
-           'RowError', 'check_kind', 'lost_parts', 'to_trl', 'to_trl_messages', 'from_trl', 'to_llamafactory',
-           'from_llamafactory', 'to_swift', 'from_swift', 'to_internvl', 'from_internvl', 'to_qwen', 'from_qwen',
-           'Format', 'fill_objects', 'mark_objects', 'mixed_columns', 'write_dataset', 'read_dataset', 'load_trl',
-           'convert']
+__all__ = ['KINDS', 'ROW_REMEDIES', 'OWN', 'EXTRA', 'TAKEN', 'CONV', 'REF', 'BOX', 'FORMATS', 'PAIRS', 'QWEN', 'REGISTER',
+           'ARROW', 'kind_of', 'RowError', 'check_kind', 'lost_parts', 'to_trl', 'to_trl_messages', 'from_trl',
+           'to_llamafactory', 'from_llamafactory', 'to_swift', 'from_swift', 'to_internvl', 'from_internvl', 'to_qwen',
+           'from_qwen', 'Format', 'fill_objects', 'mark_objects', 'mixed_columns', 'write_dataset', 'read_dataset',
+           'load_trl', 'convert']
 
 # %% ../nbs/02c_trainers.ipynb #bed90137
 KINDS = dict(sft="question and answer", pair="question, chosen and rejected answer",
@@ -683,18 +683,29 @@ def _with_objects(record, format, family, limits):
     return filled, lost + [f"objects.{key}" for key in sorted(keys)]
 
 # %% ../nbs/02c_trainers.ipynb #667ce311
-def _register_llamafactory(kind, folder, name, file):
-    columns = {"messages": "conversations", "images": "images"}
-    columns.update({key: key for key in OWN[kind]})
-    entry = {"file_name": file.name, "formatting": "sharegpt", "columns": columns}
-    if kind == "pair": entry["ranking"] = True
-    path = folder / "dataset_info.json"
-    write_json(path, {**(read_json(path) if path.exists() else {}), name: entry})
+REGISTER = "dataset_info.json"  # where LLaMA-Factory looks data sets up
 
-def _register_internvl(folder, name, file, n):
-    entry = {"root": f"{folder.as_posix()}/", "annotation": file.as_posix(),
-        "data_augment": False, "repeat_time": 1, "length": n}
-    write_json(folder / f"{name}_meta.json", {name: entry})
+def _registered(format, kind, folder, name, file, n):
+    "(register, what shall stand in it), or nothing; no other entry is replaced."
+    if format == "llamafactory":
+        columns = {"messages": "conversations", "images": "images"}
+        columns.update({key: key for key in OWN[kind]})
+        entry = {"file_name": file.name, "formatting": "sharegpt", "columns": columns}
+        if kind == "pair": entry["ranking"] = True
+        path = folder / REGISTER
+    elif format == "internvl":
+        entry = {"root": f"{folder.as_posix()}/", "annotation": file.as_posix(),
+            "data_augment": False, "repeat_time": 1, "length": n}
+        path = folder / f"{name}_meta.json"
+    else: return None, {}
+    known = read_json(path) if path.exists() else {}
+    if not isinstance(known, dict): raise ValueError(f"{path} is not a register: it holds "
+        f"a {type(known).__name__}, and names with their entries are wanted. Move it away, "
+        "or choose another output_dir.")
+    other = known.get(name, entry) != entry or format == "internvl" and known.keys() - {name}
+    if other: raise FileExistsError(f"{path} holds another data set already, and nothing is "
+        f"overwritten. Choose another output_dir or name than {name!r}.")
+    return path, {**known, name: entry}
 
 def _how_to_use(format, kind, family, folder, name, file):
     "What to tell the trainer."
@@ -757,17 +768,19 @@ def write_dataset(
     _check_family(family)
     folder = Path(output_dir).expanduser()
     file = folder / f"{name}{FORMATS[format].suffix}"
+    if name == Path(REGISTER).stem: raise ValueError(f"name={name!r} is the name of "
+        f"LLaMA-Factory's register, {REGISTER}. Choose another name.")
     if file.exists(): raise FileExistsError(f"{file} is there already and is not "
         "overwritten. Choose another output_dir or name, or move the file away.")
     limits = dict(min_pixels=min_pixels, max_pixels=max_pixels)
     records = read_records(records, answers=False)
     ready, kind, lost = _prepare(records, format, family, limits)
+    register, entries = _registered(format, kind, folder, str(name), file, len(ready))
     stored, pictures = _store_pictures(ready, folder.resolve(), name)
     rows = [FORMATS[format].to_row(record) for record in stored]
     if format == "internvl" and kind == "sft":
         rows = [{**row, **_sizes(r["images"])} for row, r in zip(rows, ready)]
-    if format == "llamafactory": _register_llamafactory(kind, folder, name, file)
-    if format == "internvl": _register_internvl(folder, name, file, len(rows))
+    if register: write_json(register, entries)
     (write_json if file.suffix == ".json" else write_jsonl)(file, rows)
     use = _how_to_use(format, kind, family, folder, name, file)
     return dict(file=str(file), format=format, kind=kind, records=len(rows),
