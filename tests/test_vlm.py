@@ -456,6 +456,15 @@ def test_names_that_lead_nowhere(run, tmp_path, monkeypatch):
         load_vlm("tiny", device="toaster")
 
 
+def test_an_adapter_that_could_carry_code_is_never_opened(run, tmp_path):
+    from safetensors.torch import load_file
+    folder = shutil.copytree(run / "final", tmp_path / "final")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin is not read"):
+        load_vlm(tmp_path, device="cpu")
+
+
 def test_adapter_of_another_base(run, folders):
     with pytest.raises(ValueError, match="cannot be put on"):
         load_vlm(folders / "internvl", adapter=run, device="cpu")

@@ -648,6 +648,10 @@ def _load(place, dtype, bits=None, device_map=None, trust=False):
 def _put_on(model, adapter):
     "The model with a trained adapter on it."
     from peft import PeftModel
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"{adapter} holds no adapter_model.safetensors, the weights "
+            "of the adapter. Copy the folder again; an adapter_model.bin is not read, "
+            "because it can carry code: save it anew with save_pretrained.")
     try: return PeftModel.from_pretrained(model, str(adapter))
     except Exception as e:
         raise ValueError(f"The adapter in {adapter} cannot be put on {model.name_or_path}: "
