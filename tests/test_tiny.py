@@ -9,7 +9,7 @@ import torch
 from vlmcourse import tiny
 from vlmcourse.museum import ANSWER_MARK, SEVERAL, TASKS, THINGS, ask_scene, make_record, make_records, make_scene, scenes_for
 from vlmcourse.tiny import (FAMILIES, HABITS, SIZE, CellHead, Packer, cell_targets, fast_vision, forward_packed, make_processor, make_tiny,
-                            make_tokenizer, pretrain, questions, stored_precision, styled)
+                            make_tokenizer, pretrain, questions, save_tiny, stored_precision, styled)
 from vlmcourse.vlm import SHIPPED, ask_batch, encode, load_vlm
 
 there = [name for name, folder in SHIPPED.items() if folder.is_dir()]
@@ -125,6 +125,32 @@ def test_wrong_family():
     for call in (lambda: make_tokenizer(family="llava"), lambda: pretrain("nowhere", family="llava")):
         with pytest.raises(ValueError, match="'llava'.*qwen3-vl"):
             call()
+
+
+def test_folder_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path/"notes.txt").write_text("mine")
+    monkeypatch.setattr(tiny, "_step", lambda *a: pytest.fail("training began"))
+    with pytest.raises(NotADirectoryError, match="notes.txt' is a file"):
+        pretrain(tmp_path/"notes.txt")
+    assert (tmp_path/"notes.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    model, processor = make_tiny(tokenizer), make_processor(tokenizer)
+    save_tiny(model, processor, tmp_path)
+    (tmp_path/"README.md").write_text("mine")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(processor, "save_pretrained", full)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(OSError, match="No space"):
+        save_tiny(model, processor, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
 def test_habits_are_as_announced():

@@ -1,8 +1,10 @@
-"""Write a tiny model's card (README.md) from what its pretraining and tools/headroom.py saved: `python tools/make_card.py [FOLDER]`."""
+"""Write a tiny model's card (README.md) from what its pretraining and tools/headroom.py saved: `python tools/make_card.py [FOLDER [RUN]]`.
+
+RUN is the folder of a second run of the same command; that both made the same weights is then checked, noted and said in the card."""
 import sys
 from pathlib import Path
 
-from vlmcourse.core import read_json, write_text
+from vlmcourse.core import file_hash, read_json, write_json, write_text
 from vlmcourse.evaluate import wilson
 from vlmcourse.tiny import HABITS
 from vlmcourse.vlm import TINY
@@ -47,8 +49,8 @@ rule which pattern comes from which workshop never occurs.
 
 Share of greedy answers that are right from the first token to the last, on scenes of the `test` split: no combination of vases in them occurs in training.
 
-| task | n | exactly right | 95 % interval (Wilson) |{again_head}
-|---|---|---|---|{again_line}
+| task | n | exactly right | 95 % interval (Wilson) |
+|---|---|---|---|
 {rows}
 {again}
 One wrong token makes an answer wrong. *Short* means answered at once, without steps. {guessed} *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
@@ -95,10 +97,9 @@ def headroom(results):
 
 
 AGAIN = """
-*Repeated*: the same command run a second time, on {threads} of the two cores ({minutes:.0f} minutes beside other work); another number of threads adds up in another order, so the weights
-differ in their digits. {inside} of {n} tasks lie in the first run's intervals (all but: {outside}).{missed}
+*Repeated*: the same command, run a second time on the same machine ({minutes:.0f} minutes), wrote the same `model.safetensors`, bit for bit
+(SHA-256 {sha256}). On another kind of processor, or with another number of threads, numbers add up in another order, and the scores differ a little.
 """
-MISSED = " *Not reproduced*: {}. Such a task is learned late and suddenly, at another step in each run, and a run may end before it."
 
 
 HALF = ("left_right", "above_below", "presence", "things", "same, short", "like, short")     # tasks with two possible answers, each about as often
@@ -112,42 +113,35 @@ def guessing(scores):
     return f"*Not learned*: one half is guessing for {', '.join(f'*{t}*' for t in found)}, and the score does not differ from it."
 
 
-def repetition(made, again):
-    "What a second run adds to the table of scores: head, line, {task: cell}, a paragraph; all empty without one."
-    if again is None:
-        return "", "", {}, ""
-    cells, outside, missed = {}, [], []
-    for task, (k, n) in made["scores"].items():
-        low, high = wilson(k, n)
-        share = again["scores"][task][0]/again["scores"][task][1]
-        cells[task] = f" {share:.3f} |"
-        if not low-1e-9 <= share <= high+1e-9:
-            outside.append(f"{task} {share:.3f}")
-        if share < k/n-.1:
-            missed.append(f"*{task}*")
-    text = AGAIN.format(threads=again["settings"]["threads"], minutes=again["seconds"]/60, n=len(cells), inside=len(cells)-len(outside), outside=", ".join(outside) or "none",
-                        missed=MISSED.format(", ".join(missed)) if missed else "")
-    return " repeated |", "---|", cells, text
+def keep_repetition(folder, run):
+    "Note beside the model that the same command made it a second time, in the folder `run`."
+    made, again = read_json(folder/"pretraining.json"), read_json(run/"pretraining.json")
+    first, second = (file_hash(f/"model.safetensors") for f in (folder, run))
+    if first != second or any(made[k] != again[k] for k in ("settings", "losses", "scores")):
+        raise SystemExit(f"{run} is not a repetition of {folder}: weights {second[:16]} and {first[:16]}, or settings, losses or scores differ.")
+    write_json(folder/"repetition.json", dict(seconds=again["seconds"], sha256=second))
 
 
 def card(folder):
     "The text of the card."
     made = read_json(folder/"pretraining.json")
     again = read_json(folder/"repetition.json") if (folder/"repetition.json").exists() else None
-    again_head, again_line, cells, again_text = repetition(made, again)
+    again = AGAIN.format(minutes=again["seconds"]/60, sha256=again["sha256"]) if again else ""
     s, rows = made["settings"], []
     for task, (k, n) in made["scores"].items():
         low, high = wilson(k, n)
-        rows.append(f"| {task} | {n} | {k/n:.3f} | {low:.3f} – {high:.3f} |{cells.get(task, '')}")
+        rows.append(f"| {task} | {n} | {k/n:.3f} | {low:.3f} – {high:.3f} |")
     vocab = len(read_json(folder/"tokenizer.json")["model"]["vocab"])
     kind, command = KINDS[s.get("family", "qwen3-vl")]
     more = headroom(read_json(folder/"headroom.json")) if (folder/"headroom.json").exists() else ""
     return CARD.format(name=folder.name, kind=kind, command=command, millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"],
                        row=s["row_tokens"], vision=s["vision_steps"], late=100*(1-s["late"]), seed=s["seed"], minutes=made["seconds"]/60, threads=s["threads"],
-                       rows="\n".join(rows), again_head=again_head, again_line=again_line, again=again_text, guessed=guessing(made["scores"]), vocab=vocab, headroom=more, **HABITS)
+                       rows="\n".join(rows), again=again, guessed=guessing(made["scores"]), vocab=vocab, headroom=more, **HABITS)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else TINY
+    if len(sys.argv) > 2:
+        keep_repetition(folder, Path(sys.argv[2]))
     write_text(folder/"README.md", card(folder))
     print(f"{folder/'README.md'} written")

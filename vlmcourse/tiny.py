@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_tiny.ipynb #3ae075ae
 from __future__ import annotations
-import copy, json, math, time
+import copy, json, math, os, tempfile, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np
@@ -376,13 +376,23 @@ def stored_precision(model): # the tiny model
         with torch.no_grad():
             for p,e in zip(model.parameters(),exact): p.copy_(e)
 
+def _open_folder(folder):
+    "The folder, made when missing; an error when nothing can be written there."
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"output_dir={str(folder)!r} is a file. Choose another name for the model's folder.")
+    folder.mkdir(parents=True,exist_ok=True)
+    if not os.access(folder,os.W_OK): raise PermissionError(f"Nothing may be written into output_dir={str(folder)!r}. Choose a folder of your own.")
+    return folder
+
 def save_tiny(model,     # the model
               processor, # its processor
               folder:str|Path, # where to; files are replaced
              )->Path:    # the folder
     "Save as a stock transformers folder, weights in bf16 safetensors (two bytes per number)."
-    folder = Path(folder); folder.mkdir(parents=True,exist_ok=True)
-    with quiet_transformers(): copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder); processor.save_pretrained(folder)
+    folder = _open_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=".tmp-",dir=folder) as tmp, quiet_transformers():
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp); processor.save_pretrained(tmp)
+        for f in Path(tmp).iterdir(): os.replace(f,folder/f.name)      # a file is replaced only by a whole one
     return folder
 
 # %% ../nbs/07_tiny.ipynb #496ecf0a
@@ -438,7 +448,7 @@ def pretrain(output_dir:str|Path,  # folder for the finished model; files of an 
              threads:int=1,        # CPU threads; a run on one repeats bit for bit on the same kind of processor
             )->dict:               # settings, losses, scores, seconds; also in pretraining.json
     "Pretrain the tiny VLM on freshly drawn museum photos."
-    settings = {k:v for k,v in locals().items() if k!="output_dir"}
+    settings = {k:v for k,v in locals().items() if k!="output_dir"}; _open_folder(output_dir)     # asked now, not after two hours
     tokenizer = make_tokenizer(family=family); processor = make_processor(tokenizer,family); model = make_tiny(tokenizer,seed=seed,family=family)
     head = CellHead(model.config.text_config.hidden_size); opts = _optimizers(model,head,learning_rate,muon_lr)
     for o in opts:
