@@ -81,6 +81,11 @@ def with_final(folder):
     return folder
 
 
+def with_checkpoint(folder):
+    (folder / "checkpoint-5").mkdir(parents=True)
+    return folder
+
+
 #  name, how to call train (given a fresh folder), words that must be in the message
 MISTAKES = [
     ("missing file", lambda d: dict(data="nothing.json"), ["nothing.json"]),
@@ -111,6 +116,8 @@ MISTAKES = [
     ("seed", lambda d: dict(data=RECORDS, seed=-1), ["seed=-1"]),
     ("device", lambda d: dict(data=RECORDS, device="tpu"), ["tpu", "cpu"]),
     ("plot", lambda d: dict(data=RECORDS, plot="yes"), ["plot='yes'"]),
+    ("greater or smaller", lambda d: dict(data=RECORDS, greater_is_better="no"), ["greater_is_better='no'", "True or False"]),
+    ("another trainer's checkpoint", lambda d: dict(data=RECORDS, output_dir=with_checkpoint(d / "r")), ["checkpoint-5", "output_dir"]),
 ]
 
 

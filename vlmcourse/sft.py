@@ -24,8 +24,8 @@ from .formats import IMAGE_MARK, read_records
 from .lora import add_lora, count_trainable, quiet_peft, save_adapter
 from .loop import SCHEDULES, Team, fit
 from .prefix import (
-    FAMILIES, FeatureCache, Prompts, _picture_key, as_features, base_of,
-    completion_logps, make_prompt, picture_features, sharing_problems)
+    FAMILIES, FeatureCache, Prompts, as_features, base_of, completion_logps,
+    make_prompt, picture_features, picture_key, sharing_problems)
 from vlmcourse.resume import (
     Checkpoints,
     check_output,
@@ -277,8 +277,7 @@ def check_settings(
     patience, plateau = s["early_stopping_patience"], s["lr_scheduler_type"] == PLATEAU
     count = "a whole number from 1 up"
     rules = dict(
-        per_device_train_batch_size=(whole(batch, 1), count),
-        gradient_accumulation_steps=(whole(every, 1), count),
+        per_device_train_batch_size=(whole(batch, 1), count), gradient_accumulation_steps=(whole(every, 1), count),
         num_train_epochs=(_above_zero(s["num_train_epochs"]), "a number above 0"),
         max_steps=(whole(steps, -1) and steps != 0, "-1 (off) or a number of steps"),
         learning_rate=(rate is None or _above_zero(rate), "a number above 0, or None"),
@@ -289,6 +288,7 @@ def check_settings(
         save_steps=(whole(s["save_steps"], 0), "0 (off) or a number of steps"),
         save_total_limit=(whole(s["save_total_limit"], 1), count),
         early_stopping_patience=(whole(patience, 0), "0 (off) or a number of validations"),
+        greater_is_better=(s["greater_is_better"] in (None, True, False), "None, True or False"),
         bf16=(switch(s["bf16"]), "True or False"),
         group_by_picture=(switch(s.get("group_by_picture", False)), "True or False"),
         resume_from_checkpoint=(switch(s["resume_from_checkpoint"]), "True or False"),
@@ -569,7 +569,7 @@ def _learn(model, processor, records, held_out, log, settings):
     options |= dict(collate=lambda batch: make_batch(model, batch, pad), log=log)
     options |= dict(evaluate=score if held_out else None)
     if settings["group_by_picture"]:
-        options["groups"] = [tuple(map(_picture_key, r["images"])) or i
+        options["groups"] = [tuple(map(picture_key, r["images"])) or i
                              for i, r in enumerate(records)]
     options |= dict(checkpoints=make_checkpoints(log, held_out, settings))
     if settings["lr_scheduler_type"] == PLATEAU:
