@@ -946,6 +946,22 @@ def _parts_of(entry, log):
         train = {}
     return train, val
 
+# %% ../nbs/10_runlog.ipynb #10a00002
+def _put_row(log, name, row):
+    "Append a row. New metrics of the last step join its row; else it was done again."
+    rows, last = log[name], log[name][-1] if log[name] else {}
+    if last.get("step") == row["step"] and not row.keys() <= last.keys():
+        new = {k: v for k, v in row.items() if k not in PLACES}
+        for k in new:
+            if last.get(k, new[k]) != new[k]:
+                _leave_out(log, f"{k} (twice in a step)")
+        last |= new
+        return
+    while rows and rows[-1]["step"] >= row["step"]:
+        rows.pop()
+        _leave_out(log, "done again")
+    rows.append(row)
+
 # %% ../nbs/10_runlog.ipynb #5172ccf7
 def _from_entries(entries, source):
     "The log of another trainer as the record of a run."
@@ -975,22 +991,6 @@ def _from_entries(entries, source):
     if rows and rows[-1]["step"] >= log.get("total_steps", math.inf):
         log["status"] = "finished"
     return log
-
-
-def _put_row(log, name, row):
-    "Append a row. New metrics of the last step join its row; else it was done again."
-    rows, last = log[name], log[name][-1] if log[name] else {}
-    if last.get("step") == row["step"] and not row.keys() <= last.keys():
-        new = {k: v for k, v in row.items() if k not in PLACES}
-        for k in new:
-            if last.get(k, new[k]) != new[k]:
-                _leave_out(log, f"{k} (twice in a step)")
-        last |= new
-        return
-    while rows and rows[-1]["step"] >= row["step"]:
-        rows.pop()
-        _leave_out(log, "done again")
-    rows.append(row)
 
 # %% ../nbs/10_runlog.ipynb #abe36173
 def _take_best(log, state):
