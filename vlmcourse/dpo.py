@@ -1141,6 +1141,7 @@ def plot_dpo(
         for name, line in zip(names, ("-", "--")):
             ax.plot(steps, [row[name] for row in rows], line, label=name)
         ax.set(xlabel="training step", ylabel=unit)
+        ax.ticklabel_format(axis="y", style="plain")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes[1].axhline(0.6931, color="gray", linewidth=0.8)  # where DPO begins
