@@ -226,7 +226,7 @@ def check_loss(
     if loss_type in ("cispo", "sapo") and delta is not None:
         raise ValueError(f"loss_type={loss_type!r} has no delta={delta}; leave it out.")
 
-
+# %% ../nbs/16a_group.ipynb #5ae80c21
 def policy_losses(
     logps,  # log-probabilities of the tokens now, with gradients [N,C]
     old,  # the same when they were sampled [N,C]

@@ -200,8 +200,7 @@ def picture_key(
     image = open_image(image)
     return _hash(image.size, image.tobytes())
 
-_picture_key = picture_key
-
+# %% ../nbs/12a_prefix.ipynb #3d71ab04
 def _kept_prompt(cache, key):
     "The prompt, when it and all its pictures are still there; else None."
     item = cache.get(key)
