@@ -338,3 +338,10 @@ def test_import_brings_no_heavy_library():
     code = "import torch, sys; from vlmcourse.sft import train; print([m for m in " \
            "('transformers', 'peft', 'trl', 'datasets', 'matplotlib', 'IPython', 'pandas', 'ipywidgets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_notes_of_any_kind_do_not_stop_the_fingerprint():
+    record = {"id": "0", "images": [], "messages": [{"role": "user", "content": "a"}]}
+    bare = data_hash([record])
+    assert data_hash([record | {"meta": ["a note", "another"]}]) == data_hash([record | {"meta": "a note"}]) == bare
+    assert data_hash([record | {"meta": {"task": "count"}}]) != bare

@@ -20,7 +20,7 @@ from . import __version__
 from .core import set_seed
 from .boxes import Html
 from .evaluate import Scores, evaluate
-from .formats import IMAGE_MARK, read_records
+from .formats import IMAGE_MARK, read_records, task_of
 from .lora import add_lora, count_trainable, quiet_peft, save_adapter
 from .loop import SCHEDULES, Team, fit
 from .prefix import (
@@ -314,7 +314,7 @@ def data_hash(
     digest, pictures = hashlib.sha256(), ("images", "rejected_images")
     for record in records:
         known = {k: v for k, v in record.items() if k not in ("id", "meta", *pictures)}
-        known["task"] = (record.get("meta") or {}).get("task")
+        known["task"] = task_of(record)
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
         for image in [image for name in pictures for image in record.get(name) or []]:
             if isinstance(image, (str, Path)):
