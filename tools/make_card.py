@@ -80,6 +80,8 @@ Held-out photos, before → after, for each seed: `python tools/headroom.py --sa
 | demonstration | measure (greedy answers) | n | before → after, by seed |
 |---|---|---|---|
 {rows}
+
+Where *things named* falls together with the inventions, the model has partly learned to say less.
 """
 SHOWN = dict(sft=["strict", "lenient", "format"], dpo=["nothing_invented", "things_named", "vases_named"],
              dpo_too_fast=["nothing_invented", "things_named", "vases_named", "readable"], grpo=["lenient"], grpo_boxes=["json", "f1", "miou"])
