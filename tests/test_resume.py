@@ -123,7 +123,7 @@ def test_a_folder_that_another_program_writes_is_refused(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         writer.stdout.readline()                                            # no row has been logged yet
         for resume in (False, True):
-            with pytest.raises(ValueError, match=f"written by another program .process {writer.pid}"): check_output(tmp_path/"r", resume)
+            with pytest.raises(ValueError, match=f"still running .process {writer.pid}"): check_output(tmp_path/"r", resume)
         writer.communicate("\n")
     check_output(tmp_path/"r")                                              # it is gone
     log = RunLog(tmp_path/"own", progress=False); check_output(log.output_dir, True); log.finish()

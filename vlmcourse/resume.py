@@ -14,7 +14,7 @@ import torch
 
 from .core import atomic_path, read_json, run_dir, write_json
 from .loop import Team, get_chance, set_chance
-from .runlog import RunLog, clean_config, is_running, read_log
+from .runlog import RunLog, check_writer, clean_config, read_log
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'save_trained', 'load_trained', 'last_checkpoint', 'best_place', 'plateau_factor', 'Checkpoints',
@@ -315,9 +315,8 @@ def check_output(
                          "that was killed or stopped.")
     if path is None or not path.exists():
         return
-    if is_running(path) and (pid := read_json(path / "RUNNING")["pid"]) != os.getpid() and not Team().rank:
-        raise ValueError(f"output_dir={str(output_dir)!r} is being written by another program (process {pid}). "
-                         "Give another output_dir, or stop that run first: ask_run(output_dir, 'stop').")
+    if not Team().rank:
+        check_writer(path)
     if not (resume_from_checkpoint and (path / "training_log.json").exists()):
         run_dir(path)  # raises when a run has trained there
         if (path / "final").exists():

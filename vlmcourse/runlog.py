@@ -21,8 +21,8 @@ from .curves import smooth, smoothing_weight, time_words
 from .formats import open_image
 
 # %% auto #0
-__all__ = ['clean_config', 'RunLog', 'is_running', 'ask_run', 'read_samples', 'tracker_tag', 'status_line', 'log_html',
-           'in_notebook', 'log_file', 'read_log', 'plot_log']
+__all__ = ['clean_config', 'RunLog', 'is_running', 'check_writer', 'ask_run', 'read_samples', 'tracker_tag', 'status_line',
+           'log_html', 'in_notebook', 'log_file', 'read_log', 'plot_log']
 
 # %% ../nbs/10_runlog.ipynb #d75353cc
 def _number(name, v):
@@ -137,7 +137,7 @@ class RunLog:
         self.train_history, self.val_history, self.best_checkpoint = [], [], None
         self.total_steps, self.resumed_at, self.writes = None, resume_step, write
         if write and output_dir is not None:
-            _check_writer(Path(output_dir))
+            check_writer(Path(output_dir))
         if resume_step is None:
             self.output_dir = run_dir(output_dir) if write else Path(output_dir)
         else:
@@ -439,7 +439,9 @@ def is_running(
         return False
 
 
-def _check_writer(folder):
+def check_writer(
+    folder: Path,  # folder of a run, or one that may become one
+) -> None:
     "Raise when another process, and one that lives, writes the run in this folder."
     pid = _owner(folder).get("pid")
     if pid != os.getpid() and is_running(folder):
