@@ -1,7 +1,6 @@
 "Odd cases of vlmcourse.core: kills, readers at work, strange files and names."
-import json, math, os, subprocess, sys, threading, time
+import json, math, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -131,7 +131,7 @@ def test_row(folder, name, row, reason, kind):
     with pytest.raises(ValueError) as error:
         read_records(file)
     text = str(error.value)
-    assert f"1 of 2 records cannot be used" in text and f"1 x {reason}: record 2 " in text
+    assert "1 of 2 records cannot be used" in text and f"1 x {reason}: record 2 " in text
     assert REMEDIES[reason] in text and str(file) in text and "\n" not in text
     assert sum(f" x {other}: " in text for other in REMEDIES) == 1
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from vlmcourse.loop import (SCHEDULES, count_steps, epoch_order, fit, lr_factor, make_optimizer, step_rows, sum_gradients,
-                            to_device)
+from vlmcourse.loop import (SCHEDULES, count_steps, epoch_order, fit, lr_factor, make_optimizer, step_rows, to_device)
 from vlmcourse.runlog import RunLog, read_log
 
 rng = random.Random(0)

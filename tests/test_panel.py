@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from vlmcourse import sft
-from vlmcourse.core import run_dir, sample_path
+from vlmcourse.core import run_dir
 from vlmcourse.loop import fit
-from vlmcourse.panel import (RANGES, Dashboard, Form, Panel, Training, _limits, call_text, dashboard, form_fields, form_table,
-                             metric_svg, panel, progress_line, run_picture, samples_html)
-from vlmcourse.runlog import RunLog, ask_run, read_log
+from vlmcourse.panel import (RANGES, Form, Panel, Training, _limits, call_text, dashboard, form_fields, form_table,
+                             metric_svg, panel, run_picture, samples_html)
+from vlmcourse.runlog import RunLog, read_log
 
 KINDS = ("up", "down")
 

@@ -14,7 +14,7 @@ from vlmcourse.loop import fit
 from vlmcourse.resume import Checkpoints, best_place, check_output, last_checkpoint, open_run, plateau_factor, replace_folder
 from vlmcourse.runlog import RunLog, read_log
 from kill import kill_and_compare, launch
-from test_loop import DATA, by_chance as loss_fn, collate, losses, make_net
+from test_loop import DATA, by_chance as loss_fn, collate, make_net
 
 SETTINGS = dict(learning_rate=.02, num_train_epochs=3, per_device_train_batch_size=4, eval_steps=7)
 

@@ -1,5 +1,5 @@
 "Odd cases of vlmcourse.runlog: kills, readers at work, a real kernel, no IPython, hostile text, boards, other trainers' logs."
-import csv, json, math, os, random, shutil, signal, subprocess, sys, threading, time
+import csv, json, math, os, random, subprocess, sys, threading, time
 import pytest
 
 from vlmcourse import runlog
@@ -484,7 +484,7 @@ def test_wandb_offline_holds_all_and_no_secret(tmp_path, monkeypatch):
 
 
 def test_trackio_local(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio", reason="trackio wants an older Pillow than the course")
+    pytest.importorskip("trackio", reason="trackio wants an older Pillow than the course")
     code = ("import sys; from vlmcourse.runlog import RunLog\n"
             "with RunLog(sys.argv[1], dict(api_key='K1234567'), progress=False, report_to='trackio') as log:\n"
             "    for i in range(1, 11): log.train(step=i, epoch=i/5, samples=i, loss=1/i)\n")
