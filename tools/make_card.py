@@ -55,7 +55,7 @@ Share of greedy answers that are right from the first token to the last, on scen
 {again}
 One wrong token makes an answer wrong. *Short* means answered at once, without steps. {guessed} *detect*, *steps*, *same* and *like* are scored against the form that is rare in training on purpose (JSON boxes, answers in steps
 that end in `### The final answer is:`), and *caption* against the truth, from which most captions of shelves in training differ. So low numbers there are what the design
-wants: the lessons teach what is missing. *locate* wants all four numbers of a box exact to the pixel.
+wants: the lessons teach what is missing. *locate* wants all four numbers of a box exact to the pixel.{weaker}
 {headroom}
 ## What it can show, and what it cannot
 
@@ -115,6 +115,13 @@ def guessing(scores):
     return f"*Not learned*: one half is guessing for {', '.join(f'*{t}*' for t in found)}, and the score does not differ from it."
 
 
+def weaker(scores, other, name):
+    "A sentence about the tasks whose interval lies below that of another model of the course."
+    share = lambda pair: f"{pair[0]/pair[1]:.3f}"
+    found = [f"*{t}* {share(scores[t])} ({share(other[t])})" for t in scores if wilson(*scores[t])[1] < wilson(*other[t])[0]]
+    return f"\n*Weaker than `{name}`*, and not by design (in brackets its score; the intervals lie apart): {', '.join(found)}." if found else ""
+
+
 def keep_repetition(folder, run):
     "Note beside the model that the same command made it a second time, in the folder `run`."
     made, again = read_json(folder/"pretraining.json"), read_json(run/"pretraining.json")
@@ -136,9 +143,10 @@ def card(folder):
     vocab = len(read_json(folder/"tokenizer.json")["model"]["vocab"])
     kind, command = KINDS[s.get("family", "qwen3-vl")]
     more = headroom(read_json(folder/"headroom.json")) if (folder/"headroom.json").exists() else ""
+    other = "" if folder.samefile(TINY) else weaker(made["scores"], read_json(TINY/"pretraining.json")["scores"], TINY.name)
     return CARD.format(name=folder.name, kind=kind, command=command, millions=made["parameters"]/1e6, steps=s["steps"], batch=s["batch_size"],
                        row=s["row_tokens"], vision=s["vision_steps"], late=100*(1-s["late"]), seed=s["seed"], minutes=made["seconds"]/60, threads=s["threads"],
-                       rows="\n".join(rows), again=again, guessed=guessing(made["scores"]), vocab=vocab, headroom=more, **HABITS)
+                       rows="\n".join(rows), again=again, guessed=guessing(made["scores"]), vocab=vocab, headroom=more, weaker=other, **HABITS)
 
 
 if __name__ == "__main__":
