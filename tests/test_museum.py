@@ -1,4 +1,5 @@
 """The picture world: repeatable, leak-free, and truthful."""
+import json
 import subprocess
 import sys
 
@@ -146,3 +147,14 @@ def test_pictures_of_another_data_set_stay(tmp_path):
     (tmp_path/"images/note.txt").unlink()
     assert save_records(records, tmp_path).exists()
     with pytest.raises(FileExistsError, match="records.json is already there"): save_records(records, tmp_path/"records.json")
+
+
+@pytest.mark.parametrize("bad, error", [(dict(meta={"scale": {1, 2}}), ValueError), (dict(images=["gone.png"]), AttributeError), (dict(images=None), TypeError)])
+def test_a_fault_leaves_nothing_behind(bad, error, tmp_path):
+    records = make_records(2, ["colour"], size=16)
+    with pytest.raises(error): save_records([*records, {**records[0], **bad}], tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    plain = {k: v for k, v in records[0].items() if k != "meta"}
+    rows = json.loads(save_records([*records, plain, {**plain, "meta": None}], tmp_path).read_text())
+    assert [r["meta"] for r in rows[2:]] == [{}, {}] and sorted(p.name for p in tmp_path.iterdir()) == ["images", "records.json"]
+    assert [f"images/{p.name}" for p in sorted((tmp_path/"images").iterdir())] == [name for r in rows for name in r["images"]]

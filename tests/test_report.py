@@ -121,6 +121,14 @@ def test_round_trip(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path/"one").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("bad, error", [(dict(messages=[dict(role="user", content="And?")] * 2), "2 turns"), (dict(images=["gone.png"]), "gone.png"), (dict(answer_type={1}), "set")])
+def test_a_fault_leaves_nothing_behind(bad, error, tmp_path):
+    records = make_records(3, seed=5)
+    with pytest.raises((ValueError, FileNotFoundError), match=error): write_eval([*records, {**records[0], **bad}], tmp_path/"one")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(read_eval(write_eval(records, tmp_path/"one"))) == 3 and sorted(p.name for p in (tmp_path/"one").iterdir()) == ["eval.json", "images"]
+
+
 def test_the_committed_set_is_what_its_command_makes(tmp_path):
     sys.path.insert(0, str(root/"tools"))
     from make_samples import EVAL_TASKS

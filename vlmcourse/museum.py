@@ -5,11 +5,11 @@
 # %% ../nbs/01_museum.ipynb #f896287e
 from __future__ import annotations
 import hashlib, json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from .core import write_json
+from .core import atomic_path, write_json
 
 # %% auto #0
 __all__ = ['FORMS', 'SHAPES', 'PROFILES', 'COLOURS', 'PATTERNS', 'CONDITIONS', 'VIEWS', 'THINGS', 'WALLS', 'DEFECTS', 'SPLITS',
@@ -578,10 +578,12 @@ def save_records(records:list,  # records with PIL pictures
     folder = Path(folder); out = folder/"records.json"
     for there in [folder] if folder.is_file() else [out,*(folder/"images").glob("*")]:
         if there.exists(): raise FileExistsError(f"save_records: {there} is already there and would be overwritten. Choose another folder or move it away.")
-    (folder/"images").mkdir(parents=True,exist_ok=True); rows = []
-    for i,r in enumerate(records):
-        names = [f"images/{i:05d}{'abcdef'[j] if len(r['images'])>1 else ''}.png" for j in range(len(r["images"]))]
-        for name,picture in zip(names,r["images"]): picture.save(folder/name)
-        rows.append({**r,"images":names,"meta":{k:v for k,v in r["meta"].items() if k!="scenes"}})
-    write_json(out,rows)
+    rows = []
+    with atomic_path(out) as file, atomic_path(folder/"images",sync=False) as images:   # all or nothing
+        images.mkdir()
+        for i,r in enumerate(records):
+            names = [f"{i:05d}{'abcdef'[j] if len(r['images'])>1 else ''}.png" for j in range(len(r["images"]))]
+            for name,picture in zip(names,r["images"]): picture.save(images/name)
+            rows.append({**r,"images":[f"images/{name}" for name in names],"meta":{k:v for k,v in (r.get("meta") or {}).items() if k!="scenes"}})
+        write_json(file,rows)
     return out

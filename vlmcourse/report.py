@@ -30,7 +30,9 @@ __all__ = ['EVAL_REMEDIES', 'ACC', 'F1', 'ASK_MARKER', 'PICTURES', 'read_eval', 
 # %% ../nbs/13d_report.ipynb #5a12f012
 from .answers import ANSWER_MARK, final_answer, true_answer
 from .boxes import picture_html
-from .core import file_hash, inside, read_json, write_json, write_text
+from vlmcourse.core import (
+    atomic_path, file_hash, inside, read_json, write_json, write_text,
+)  # fmt: skip
 from vlmcourse.evaluate import (
     Scores,
     Table,
@@ -209,22 +211,29 @@ def write_eval(
                 f"write_eval: {there} is already there and would be overwritten. "
                 "Choose another folder or move it away."
             )
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, record in enumerate(records):
-        names = []
-        for j, image in enumerate(record["images"]):
-            path = isinstance(image, (str, Path))
-            end = Path(image).suffix if path else suffix
-            letter = "" if len(record["images"]) == 1 else f"-{j + 1}"
-            names.append(f"images/{i:05d}{letter}{end}")
-            if path:
-                shutil.copyfile(image, inside(folder, names[-1]))
-            else:
-                image.convert("RGB").save(folder / names[-1], quality=90)
-        rows.append(_record_row(record, names, i + 1))
-    write_json(folder / "eval.json", rows)
+    with (
+        atomic_path(folder / "eval.json") as file,
+        atomic_path(folder / "images", sync=False) as images,  # all or nothing
+    ):
+        images.mkdir()
+        rows = [_write_record(r, i, images, suffix) for i, r in enumerate(records)]
+        write_json(file, rows)
     return folder / "eval.json"
+
+
+def _write_record(record, i, images, suffix):
+    "Write the pictures of record `i` into the folder `images`; its sample."
+    names = []
+    for j, image in enumerate(record["images"]):
+        path = isinstance(image, (str, Path))
+        end = Path(image).suffix if path else suffix
+        letter = "" if len(record["images"]) == 1 else f"-{j + 1}"
+        names.append(f"{i:05d}{letter}{end}")
+        if path:
+            shutil.copyfile(image, inside(images, names[-1]))
+        else:
+            image.convert("RGB").save(images / names[-1], quality=90)
+    return _record_row(record, [f"images/{name}" for name in names], i + 1)
 
 # %% ../nbs/13d_report.ipynb #3d00efb4
 def _split_answer(answer, marked):
