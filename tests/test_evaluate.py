@@ -255,6 +255,18 @@ def test_words_only_leaves_the_record_alone():
     assert bare["images"] == [] and bare["messages"][0]["content"] == "Which?" and row["messages"][0]["content"] == "<image>Which?"
 
 
+def test_a_result_without_tasks_is_of_the_same_questions():
+    rows = [asked(str(i), "red" if i % 2 else "3", "colour" if i % 2 else "count") for i in range(40)]
+    ours, none = (Scores(score_answers(said, rows)) for said in ([r["answer"] for r in rows], ["no"] * 40))
+    theirs = Scores([{**r, "task": "all", "id": int(r["id"])} for r in none.rows])  # as read_result reads another program's file
+    assert paired_gain(theirs, ours) == paired_gain(none, ours) and paired_gain(ours, theirs) == paired_gain(ours, none)
+    assert compare_table({"a": ours, "b": theirs}).rows == compare_table({"a": ours, "b": none}).rows
+    assert compare_table({"b": theirs, "a": ours}).rows == [["all questions", 40, *compare_table({"b": none, "a": ours}).rows[0][2:]]]
+    assert look_table(ours, blank=theirs).rows == look_table(ours, blank=none).rows
+    assert gain_table(theirs, ours).rows == gain_table(none, ours).rows and len(gain_table(ours, theirs).rows) == 3
+    assert theirs.tasks == ["all"]  # left alone
+
+
 def test_look_table_sees_who_looks():
     rows = [asked(str(i), "red" if i % 2 else "blue") for i in range(60)]
     seer, blind = (Scores(score_answers(said, rows)) for said in ([r["answer"] for r in rows], ["red"] * 60))

@@ -287,10 +287,9 @@ def compare_table(
     "Several scores of the same questions, side by side."
     if not columns:
         raise ValueError("compare_table: columns is empty. Give {'name': scores}.")
-    first, *others = columns.values()
-    for other in others:
-        _same_questions(first, other, "compare_table")
-    lines = []
+    first, lines = next(iter(columns.values())), []
+    ask = lambda scores: _same_questions(first, scores, "compare_table")
+    columns = {name: ask(scores) for name, scores in columns.items()}
     for task in [None, *(first.tasks if len(first.tasks) > 1 else [])]:
         n = sum(v is not None for v in first.values(metric, task))
         shares = [show_share(s.values(metric, task)) for s in columns.values()]
@@ -298,14 +297,15 @@ def compare_table(
     return Table(["task", "n", *columns], lines, note="Brackets: 95 % intervals.")
 
 
-def _same_questions(before, after, name):
-    "Stop when two scores are of different questions."
-    ask = lambda scores: [(r["id"], r["task"], r["truth"]) for r in scores.rows]
-    if ask(before) != ask(after):
+def _same_questions(these, others, name):
+    "`others` with the tasks of `these`; stops when they are of different questions."
+    ask = lambda scores: [(str(r["id"]), str(r["truth"])) for r in scores.rows]
+    if ask(these) != ask(others):
         raise ValueError(
             f"{name}: before and after answer different questions. "
             "Evaluate both on the same records."
         )
+    return Scores([r | {"task": t["task"]} for r, t in zip(others.rows, these.rows)])
 
 # %% ../nbs/13_evaluate.ipynb #7eda48d2
 def blank_images(
@@ -373,6 +373,7 @@ def look_table(
     if not controls:
         raise ValueError("look_table: no control. Give for example blank=scores.")
     lines, shown = compare_table({"right picture": real, **controls}).rows, []
+    controls = {k: _same_questions(real, s, "look_table") for k, s in controls.items()}
     for line, task in zip(lines, [None, *real.tasks]):
         values = real.values(task=task)
         others = [scores.values(task=task) for scores in controls.values()]
@@ -485,6 +486,7 @@ def gain_table(
 ) -> Table:  # HTML with class "vlm-gain" in a notebook, text elsewhere
     "Before, after, and the gain with its 95 % interval."
     names, lines = dict(strict="strict", lenient="lenient", format="format kept"), []
+    before = _same_questions(after, before, "gain_table")
     for task in [None, *(after.tasks if len(after.tasks) > 1 else [])]:
         for metric in names if task is None else ["strict"]:
             old, new = before.values(metric, task), after.values(metric, task)
