@@ -111,11 +111,29 @@ def test_nobody_else_s_checkpoints_are_removed_or_taken(tmp_path):
     assert (theirs/"model.bin").exists() and sorted(p.name for p in (tmp_path/"r").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-39"]
 
 
-def test_a_run_goes_on_only_when_asked(tmp_path):
-    whole, net = run(tmp_path/"r")
-    (tmp_path/"r/training_log.json").unlink()
-    again, other = run(tmp_path/"r")
-    assert len(again.train_history) == 39 and again.train_history == whole.train_history and same_weights(net, other)
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_run_goes_on_only_when_asked(tmp_path, logged):
+    whole, net = run(tmp_path/"whole", logging_steps=20, keep=dict(metric_for_best_model=None), eval_steps=0)
+    calls, options = [], dict(logging_steps=20, keep=dict(metric_for_best_model=None), eval_steps=0)
+    def breaks(model, b):
+        calls.append(1)
+        if len(calls) == 18: raise RuntimeError("power")
+        return loss_fn(model, b)
+    with pytest.raises(RuntimeError): run(tmp_path/"r", loss_fn=breaks, **options)    # before the first row of its log
+    files = {p: p.read_bytes() for p in (tmp_path/"r").glob("checkpoint-*/*")}
+    if not logged: (tmp_path/"r/training_log.json").unlink()
+    says = "checkpoint-15 of an earlier run.*give resume_from_checkpoint=True" if logged else "and no log of a run"
+    with pytest.raises(FileExistsError, match=says): check_output(tmp_path/"r")
+    with pytest.raises(FileExistsError, match="holds checkpoint-15 of an earlier run.*resume_step=last_checkpoint.*another output_dir"): run(tmp_path/"r", **options)
+    assert files == {p: p.read_bytes() for p in (tmp_path/"r").glob("checkpoint-*/*")}    # all are as they were
+    check_output(tmp_path/"r", True)
+    again, other = run(tmp_path/"r", resume=last_checkpoint(tmp_path/"r"), **options)
+    assert again.resumed_at == 15 and again.train_history == whole.train_history and same_weights(net, other)
+
+
+def test_the_checkpoint_of_another_trainer_beside_a_log_is_no_place_to_go_on(tmp_path):
+    RunLog(tmp_path/"r", progress=False).finish("failed", "out of memory"); (tmp_path/"r/checkpoint-8").mkdir()
+    with pytest.raises(FileExistsError, match="checkpoint-8 of another training, and no checkpoint of ours"): check_output(tmp_path/"r")
 
 
 def test_a_folder_that_another_program_writes_is_refused(tmp_path):
@@ -184,6 +202,26 @@ def test_open_run_refuses_what_is_another_run(tmp_path):
     with pytest.raises(ValueError, match="new: was None, now 3"): again(learning_rate=1., data_hash="a", new=3)
     assert again(learning_rate=1., data_hash="a", save_steps=3, plot=True).status == "running"
     with pytest.raises(ValueError, match="needs output_dir"): check_output(None, True)
+
+
+def test_the_device_of_the_model_decides_how_processes_talk(tmp_path, monkeypatch):
+    import accelerate
+    import vlmcourse.resume
+    from vlmcourse.loop import Team
+    shared, asked = {}, []                                                      # as PartialState: the first call decides for all
+    class State:
+        def __init__(self, cpu=False):
+            self.__dict__ = shared
+            if not shared: asked.append(cpu); shared.update(process_index=1, num_processes=2, device="cpu" if cpu else "cuda:1")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr(vlmcourse.resume, "of_all_processes", lambda value: [tmp_path])
+    for found, config, device in (("cuda", dict(device=None), "cuda:1"), ("cuda", {}, "cuda:1"), ("cuda", dict(device="cpu"), "cpu"), ("cpu", {}, "cpu")):
+        monkeypatch.setattr(vlmcourse.resume, "pick_device", lambda name=None: name or found)
+        shared.clear(); asked.clear()
+        check_output(tmp_path)
+        assert asked == []                                                      # the model is not there yet
+        assert not open_run(tmp_path, config, plot=False).writes and Team(cpu=True).device == device and asked == [device == "cpu"]
 
 
 # --- SFT, killed at twenty random moments ----------------------------------------------

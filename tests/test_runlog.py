@@ -437,6 +437,23 @@ def test_a_new_run_has_no_old_samples(tmp_path):
     assert read_samples(tmp_path/"r") == []
 
 
+def test_samples_are_data_and_not_hidden(tmp_path):
+    from vlmcourse.evaluate import Scores, compare_table, score_answers
+    text = "https://a.org/?key=3"
+    records = [dict(id=text, images=[], messages=[dict(role="user", content="Which address?"), dict(role="assistant", content=text)])]
+    scores = Scores(score_answers([text], records))
+    log = RunLog(tmp_path/"r", dict(cookie=.5, url=text), progress=False)
+    log.sample(0, [scores.rows[0] | dict(question=text, parts=dict(cookie=.5, secret=None, api_key=True, password=[1, 2.], private_key=10**12))])
+    row = read_samples(tmp_path/"r")[0]
+    assert row["parts"] == dict(cookie=.5, secret=None, api_key=True, password=[1, 2.], private_key=10**12)
+    assert [row[k] for k in ("id", "question", "answer", "truth")] == [text]*4
+    assert len(compare_table(dict(memory=scores, file=Scores([row]))).rows) > 0
+    log.sample(1, [dict(id="a", note=text, parts=dict(api_key="abc"), truth=3)])       # text elsewhere is hidden as before
+    last = read_samples(tmp_path/"r", 1)[0]
+    assert (last["note"], last["parts"], last["truth"]) == ("https://a.org/?key=***", dict(api_key="***"), 3)
+    assert log.config == dict(cookie="***", url="https://a.org/?key=***")
+
+
 # --- boards ------------------------------------------------------------------
 @pytest.mark.parametrize("name,tag", [
     ("loss", "Train/Loss"), ("reward", "Train/Reward_Mean"), ("accuracy", "Train/Accuracy_Mean"), ("val_loss", "Val/Loss"), ("lr", "Train/LR"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .core import atomic_path, read_json, run_dir, write_json
+from .core import atomic_path, pick_device, read_json, run_dir, write_json
 from .loop import Team, get_chance, set_chance
 from .runlog import RunLog, check_writer, clean_config, read_log
 
@@ -226,11 +226,16 @@ def restore(self: Checkpoints, model, optimizer) -> tuple:
     "Put back the newest checkpoint; (steps done, losses that the log does not have yet)."
     from safetensors.torch import load_file
 
+    step = last_checkpoint(self.folder)
     if self.log.resumed_at is None:  # nobody asked to go on
+        if step:
+            raise FileExistsError(
+                f"output_dir={str(self.folder)!r} already holds checkpoint-{step} of an earlier run. To go on "
+                "with that run, give resume_from_checkpoint=True (to a RunLog of your own: "
+                "resume_step=last_checkpoint(output_dir)); else give another output_dir.")
         return 0, []
     for left_over in self.folder.glob(".tmp-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    step = last_checkpoint(self.folder)
     if not step:
         return 0, []
     folder = self.folder / f"checkpoint-{step}"
@@ -315,18 +320,24 @@ def check_output(
                          "that was killed or stopped.")
     if path is None or not path.exists():
         return
-    if not Team().rank:
+    if not int(os.environ.get("RANK") or 0):  # a Team needs the model's device, not known yet
         check_writer(path)
-    if not (resume_from_checkpoint and (path / "training_log.json").exists()):
+    logged = (path / "training_log.json").exists()
+    if not (resume_from_checkpoint and logged):
         run_dir(path)  # raises when a run has trained there
         if (path / "final").exists():
             raise FileExistsError(
                 f"output_dir={str(output_dir)!r} already holds a folder final/, which is "
                 "never overwritten. Give another output_dir, or move the old folder away.")
-        if old := sorted(p.name for p in path.glob("checkpoint-*")):
+        if logged and (step := last_checkpoint(path)):
             raise FileExistsError(
-                f"output_dir={str(output_dir)!r} already holds {old[0]} of another training, and no log of a "
-                "run to go on with. Give another output_dir, or move the old folder away.")
+                f"output_dir={str(output_dir)!r} already holds checkpoint-{step} of an earlier run. To go on "
+                "with that run, give resume_from_checkpoint=True; else give another output_dir.")
+        if old := sorted(p.name for p in path.glob("checkpoint-*")):
+            missing = "checkpoint of ours" if logged else "log of a run"
+            raise FileExistsError(
+                f"output_dir={str(output_dir)!r} already holds {old[0]} of another training, and no {missing} "
+                "to go on with. Give another output_dir, or move the old folder away.")
     elif read_log(path)["status"] == "finished":
         raise ValueError(f"The run in output_dir={str(output_dir)!r} is finished; there is nothing "
                          "to resume. To train on from its model, give model=<this folder> and "
@@ -345,7 +356,8 @@ def open_run(
     "The log of a new run, or of one that goes on."
     check_output(output_dir, resume_from_checkpoint)
     old = Path(output_dir or "") / "training_log.json"
-    main = not Team().rank  # only one process writes
+    on_cpu = str(config.get("device") or pick_device()) == "cpu"  # the first Team decides for all
+    main = not Team(on_cpu).rank  # only one process writes
     options = dict(plot=plot, report_to=report_to, write=main)
     if not (resume_from_checkpoint and old.exists()):
         folder = run_dir(output_dir, name=name) if main else None

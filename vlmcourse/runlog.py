@@ -21,8 +21,8 @@ from .curves import smooth, smoothing_weight, time_words
 from .formats import open_image
 
 # %% auto #0
-__all__ = ['clean_config', 'RunLog', 'is_running', 'check_writer', 'ask_run', 'read_samples', 'tracker_tag', 'status_line',
-           'log_html', 'in_notebook', 'log_file', 'read_log', 'plot_log']
+__all__ = ['clean_config', 'RunLog', 'is_running', 'check_writer', 'ask_run', 'keep_picture', 'read_samples', 'tracker_tag',
+           'status_line', 'log_html', 'in_notebook', 'log_file', 'read_log', 'plot_log']
 
 # %% ../nbs/10_runlog.ipynb #d75353cc
 def _number(name, v):
@@ -82,17 +82,20 @@ def _is_secret(name, v):
 # %% ../nbs/10_runlog.ipynb #231ea8c4
 def clean_config(
     config,  # settings: dicts, lists, numbers, text, paths, functions, anything
+    *,
+    numbers: bool = True,  # False: a number stays, also under the name of a secret
 ):  # the same as plain JSON values, without secrets
     "Settings as they may be written to a file: plain values, secrets as `***`."
     if isinstance(config, dict):
+        hides = lambda k, v: (numbers or isinstance(v, str)) and _is_secret(k, v)
         return {
-            str(k): "***" if _is_secret(str(k), v) else clean_config(v)
+            str(k): "***" if hides(str(k), v) else clean_config(v, numbers=numbers)
             for k, v in config.items()
         }
     if isinstance(config, (list, tuple, set)):
-        return [clean_config(v) for v in config]
+        return [clean_config(v, numbers=numbers) for v in config]
     if hasattr(config, "tolist"):
-        return clean_config(config.tolist())
+        return clean_config(config.tolist(), numbers=numbers)
     if config is None or isinstance(config, (bool, int)):
         return config
     if isinstance(config, float):
@@ -485,8 +488,11 @@ def _clear_asks(self: RunLog):
         Path(path).unlink(missing_ok=True)
 
 # %% ../nbs/10_runlog.ipynb #d91fb3d0
-def _keep_picture(image, folder):
-    "Save a small copy of a picture, unless it is there; its name in `folder`."
+def keep_picture(
+    image,  # a path or a PIL image
+    folder: Path,  # folder of a run
+) -> str:  # name of the copy in `folder`
+    "Save a small copy of a picture (at most 336 px), unless it is there."
     small = open_image(image).copy()
     small.thumbnail((336, 336))
     look = hashlib.sha256(repr(small.size).encode() + small.tobytes()).hexdigest()[:16]
@@ -497,6 +503,10 @@ def _keep_picture(image, folder):
     return name
 
 
+# the data itself, which must agree with the scores in memory
+_word_for_word = "id", "question", "answer", "truth"
+
+
 def _sample_row(row, step, folder):
     "A row as it is written; `folder` is None when its pictures are not kept."
     if not isinstance(row, dict):
@@ -505,11 +515,11 @@ def _sample_row(row, step, folder):
             f"answer and so on, but this is a {type(row).__name__}: {row!r}"
         )
     pictures = row.get("images") or []
-    kept = [] if folder is None else [_keep_picture(p, folder) for p in pictures]
+    kept = [] if folder is None else [keep_picture(p, folder) for p in pictures]
     left = dict(images_left_out=len(pictures)) if len(kept) < len(pictures) else {}
-    return clean_config({k: v for k, v in row.items() if k != "images"}) | dict(
-        step=step, images=kept, **left
-    )
+    clean = clean_config({k: v for k, v in row.items() if k != "images"}, numbers=False)
+    words = {k: row[k] for k in _word_for_word if isinstance(row.get(k), str)}
+    return clean | words | dict(step=step, images=kept, **left)
 
 # %% ../nbs/10_runlog.ipynb #09202417
 @patch
