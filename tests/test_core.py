@@ -229,7 +229,7 @@ def test_exit_codes(tmp_path, capsys):
 def test_errors_of_the_system_are_said_in_words(tmp_path, monkeypatch, capsys):
     from vlmcourse import cli
     for error, says in ((PermissionError(13, "Permission denied", "/there"), "vlmcourse check: /there cannot be read or written (Permission denied). Check"),
-                        (OSError(28, "No space left on device"), "a file cannot be read or written (No space left on device)"), (OSError("checkpoint-2 could not be written"), "check: checkpoint-2")):
+                        (OSError(28, "No space left on device"), "vlmcourse check: [Errno 28] No space left on device"), (OSError("checkpoint-2 could not be written"), "check: checkpoint-2")):
         def fails(**_): raise error
         monkeypatch.setattr(cli, "load", lambda command: fails)
         monkeypatch.setattr(cli, "options", lambda *_: {})

@@ -127,7 +127,8 @@ def test_learning_to_say_one_word_is_not_skill():
     assert guess_rate(parrot.rows) == 0.25
     assert kind_of_gain(silent, parrot).startswith("Kind of gain: format.")
     assert kind_of_gain(silent, expert).startswith("Kind of gain: format and skill.")
-    assert kind_of_gain(parrot, expert).startswith("Kind of gain: skill.")
+    assert kind_of_gain(parrot, expert).startswith("Kind of gain: skill. Guessing")
+    assert kind_of_gain(expert, silent).startswith("Kind of gain: none that could not be luck. Worse: format and skill. Guessing")
     assert "luck" in kind_of_gain(expert, parrot)  # a loss is no gain
     few = Scores(score_answers([f"{MARK} {truth}" if i < 4 else "" for i, truth in enumerate(truths)], records))
     gain = paired_gain(silent, few)

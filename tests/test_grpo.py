@@ -15,7 +15,7 @@ from vlmcourse.boxes import say_objects
 from vlmcourse.evaluate import paired_gain
 from vlmcourse.group import LOSS_TYPES, group_advantages, grpo_loss, leave_one_out, make_advantages
 from vlmcourse.grpo import (_forget_rollouts, answer_logps, answer_seed, choose_rewards, epoch_losses, groups_loss, read_rollouts, reward_groups, rollout_viewer, sample_answers,
-                            show_rollouts, train, wants_boxes, with_signal)
+                            show_rollouts, train, val_row, wants_boxes, with_signal)
 from vlmcourse.lora import add_lora
 from vlmcourse.museum import make_records, save_records
 from vlmcourse.resume import last_checkpoint
@@ -328,6 +328,12 @@ def test_one_argument_is_enough_and_the_log_has_trls_names(data, tmp_path):
         clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean completions/mean_length completions/min_length completions/max_length completions/clipped_ratio""".split()
     assert set(row) == set(names)
     assert run.log["config"]["reward_funcs"] == ["exact"] and run.log["config"]["method"] == "grpo" and run.log["config"]["data_hash"]
+
+
+def test_a_reward_hides_no_metric():
+    parts = dict(reward=.9, accuracy=.1, exact=.5)
+    row = val_row([dict(reward=.2, strict=True, lenient=True, format=None, parts={**parts, "format": .3})], [])
+    assert row == {"val_reward": .2, "val_accuracy": 1, "val_lenient": 1, "val_rewards/reward": .9, "val_rewards/accuracy": .1, "val_exact": .5, "val_format": .3}
 
 
 def test_validation_best_and_samples(data, tmp_path):

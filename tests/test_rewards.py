@@ -51,6 +51,8 @@ def test_columns_from_records():
     assert all(turns[-1]["role"] == "user" for turns in columns["prompts"])
     assert columns["answer"][::4] == [r["answer"] for r in records] and "messages" not in columns
     said = [{"role": "user", "content": "Why?"}]
+    own = [dict(messages=said, task=1), dict(messages=said, task=2, meta=dict(task="museum")), dict(messages=said, task=None, meta=dict(task="museum"))]
+    assert to_columns(own)["task"] == [1, 2, "museum"]      # a column of the user is given as it is
     odd = [dict(messages=said, meta="shelf"), dict(messages=said, meta=[1], task="own"), dict(messages=said)]
     assert to_columns(odd)["task"] == [None, "own", None]
 

@@ -307,10 +307,11 @@ def test_turned_photos_are_written_upright(tmp_path):
 
 def test_what_answers_cannot_say_is_counted(tmp_path):
     inner = box(inner=attr("inventory", "007")) + box("10.4 10 11.6 60")
-    folder = xml_export(tmp_path/"e", image(inner, width=4000, height=80, name="wide.png"), image(box()), files=["images/a.png"])
+    covered = image(box(occluded="1"), subset="Validation", id=1)
+    folder = xml_export(tmp_path/"e", image(inner, width=4000, height=80, name="wide.png", subset="default"), covered, files=["images/Validation/a.png"])
     picture(folder/"images/wide.png", size=(4000, 80))
     made = cvat_to_qwenvl(folder, tmp_path/"out", val=.5, family="qwen3-vl")
-    assert made.losses.counts == {"attribute not in the answer": 1, "box too small for the model": 1}
+    assert made.losses.counts == {"attribute not in the answer": 1, "box too small for the model": 1, "occluded not in the answer": 1, "subset": 1}
 
 
 def test_reads_back_as_records(tmp_path):

@@ -56,6 +56,28 @@ def of_kind(records, kind):
             "kto": [{**r, "kto_tag": i % 3 == 0} for i, r in enumerate(records)]}[kind]
 
 
+def test_swift_is_seen_in_any_row(tmp_path):
+    "The two lines of FORMATS.md: a plain row of ms-swift looks like a record of ours."
+    Image.new("RGB", (60, 60)).save(tmp_path/"a.png")
+    image, ask = str(tmp_path/"a.png"), lambda text: dict(role="user", content=text)
+    plain = dict(messages=[ask("<image>Which shape is red?"), dict(role="assistant", content="The cube is red.")], images=[image])
+    boxes = dict(messages=[ask("<image>Find the <ref-object>."), dict(role="assistant", content="<bbox>")], images=[image],
+                 objects=dict(ref=["red cube"], bbox=[[10, 15, 30, 40]]))
+    def read(*rows):
+        file = tmp_path/"rows.jsonl"
+        file.write_text("".join(json.dumps(row)+"\n" for row in rows))
+        return read_dataset(file)
+    assert read(plain, boxes)[1]["objects"] == [dict(label="red cube", bbox=[10, 15, 30, 40])]
+    assert kind_of(read(plain, {**plain, "rejected_response": "The ball."})[1]) == "pair"
+    for column in ("rejected_images", "rejected_messages"):
+        with pytest.raises(ValueError, match=f"as swift.*{column} has no place"): read(plain, {**plain, column: [image]})
+    own = {**plain, "messages": plain["messages"][:1], "chosen": "red", "rejected": "blue", "rejected_images": [image]}
+    assert read(own)[0]["rejected"] == "blue"
+    for format in ("records", "trl", "swift"):      # their pictures are not copied, so nothing may name them
+        done = write_dataset([own], tmp_path/format, format=format)
+        assert done["lost"].get("rejected_images") == 1 and "rejected_images" not in open(done["file"]).read()
+
+
 @pytest.mark.parametrize("format, kind", ALL)
 def test_200_records_survive(museum, format, kind):
     folder, base = museum
@@ -500,6 +522,9 @@ def test_registers_that_we_wrote(tmp_path, museum):
     assert [r["chosen"] for r in read_dataset(tmp_path / "lf/dataset_info.json", name="b")] == [f"{r['answer']}!" for r in base[:3]]
     assert read_json(tmp_path / "vl/a_meta.json")["a"]["length"] == 3
     assert len(read_dataset(tmp_path / "vl/a_meta.json")) == 3
+    (tmp_path / "vl/b.jsonl").rename(tmp_path / "vl/b_old.jsonl")         # as the message advises; its entry stays
+    write_dataset(of_kind(base[:2], "pair"), tmp_path / "vl", format="internvl", name="b")
+    assert read_json(tmp_path / "vl/b_meta.json")["b"]["length"] == 2
     moved = shutil.move(tmp_path / "vl", tmp_path / "elsewhere")          # a relative register may move
     meta = read_json(f"{moved}/a_meta.json")
     meta["a"].update(root=".", annotation="a.jsonl")

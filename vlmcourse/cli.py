@@ -95,10 +95,10 @@ def main(words=None):
 
 
 def why(error):
-    "What to tell; an error of the operating system knows only the file and what happened."
-    if not isinstance(error, OSError) or error.strerror is None:
+    "What to tell; an error of the operating system about a file knows only the file and what happened."
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
         return str(error)
-    return f"{error.filename or 'a file'} cannot be read or written ({error.strerror}). Check the path, the rights, and the room on the disk."
+    return f"{error.filename} cannot be read or written ({error.strerror}). Check the path, the rights, and the room on the disk."
 
 
 def run(words):

@@ -62,6 +62,8 @@ CHANGED = { # the object is kept, something about it is not
     "attribute twice": "the last value is kept",
     "attribute without a name": "dropped, its object is kept",
     "attribute not in the answer": "kept in the record; answers hold boxes and labels",
+    "occluded not in the answer": "kept in the record; answers hold boxes and labels",
+    "subset": "kept in meta; the split is made anew, so that equal pictures stay together",
     "box too small for the model": "kept, but in the model's numbers it has no area",
     "picture turned upright": "its copy is turned and saved again; some training "
         "programs ignore the camera's note",

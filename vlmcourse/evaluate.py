@@ -465,19 +465,22 @@ def kind_of_gain(
     before: Scores,  # scores before
     after: Scores,  # scores after, same questions
 ) -> str:  # one sentence
-    "Say whether format, skill, both or neither improved."
+    "Say whether format, skill, both or neither improved, and what became worse."
 
-    def rose(metric):
-        if all(v is None for v in before.values(metric)): return False
+    def moved(metric):  # 1, -1, or 0: it could be luck
+        if all(v is None for v in before.values(metric)): return 0
         gain = paired_gain(before, after, metric=metric)
-        return gain.low > 0 and gain.p < 0.05  # of few changes, p is the better judge
+        sure = gain.p < 0.05  # of few changes, p is the better judge
+        return sure * ((gain.low > 0) - (gain.high < 0))
 
     right = [v for v in after.values("lenient") if v is not None]
     guess = guess_rate(after.rows)
-    skill = rose("lenient") and wilson(sum(right), len(right))[0] > guess
-    kinds = ["format"] * rose("format") + ["skill"] * skill
-    kind = " and ".join(kinds) or "none that could not be luck"
-    return f"Kind of gain: {kind}. Guessing the most frequent answer: {guess:.1%}."
+    form, known = moved("format"), moved("lenient")
+    skill = known > 0 and wilson(sum(right), len(right))[0] > guess
+    kind = " and ".join(["format"] * (form > 0) + ["skill"] * skill) or "none that could not be luck"
+    worse = " and ".join(["format"] * (form < 0) + ["skill"] * (known < 0))
+    worse = f"Worse: {worse}. " * bool(worse)
+    return f"Kind of gain: {kind}. {worse}Guessing the most frequent answer: {guess:.1%}."
 
 # %% ../nbs/13_evaluate.ipynb #7fc412f1
 def gain_table(

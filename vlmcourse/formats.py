@@ -127,8 +127,10 @@ def _short(thing, n=60):
 
 def _check_turns(turns, record):
     if not isinstance(turns, list) or not turns:
+        other = "; `vlmcourse convert` makes records of other programs' rows"
         return [("bad messages", "messages is missing or empty; the record has "
-            + (", ".join(map(str, record)) or "nothing"))]
+            + (", ".join(map(str, record)) or "nothing")
+            + other * bool({"conversations", "prompt", "question"} & set(record)))]
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             return [("bad messages", f"this turn has no text content: {_short(turn)}")]
@@ -159,7 +161,8 @@ def check_record(
     if not isinstance(images or [], (list, tuple)):
         return [("bad picture entry", f"images is a {type(images).__name__}")]
     if answers and (turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip()):
-        found.append(("no answer", f"the last turn is {_short(turns[-1])}"))
+        pair = "; it is a pair: see check_pairs (lesson 15)" * ("chosen" in record)
+        found.append(("no answer", f"the last turn is {_short(turns[-1])}{pair}"))
     marks = sum(m["content"].count(IMAGE_MARK) for m in turns if m["role"] == "user")
     if marks not in (0, len(images or [])):
         found.append(("marks and pictures differ",

@@ -34,7 +34,7 @@ from .rewards import bbox_reward, call_rewards, category_reward, check_funcs
 from .rewards import completeness_reward, f1_reward, load_rewards, make_bbox
 from .rewards import make_category, make_completeness, make_f1, make_format
 from .rewards import reward_name, to_columns
-from .runlog import _keep_picture, epoch_table, read_log
+from .runlog import epoch_table, keep_picture, read_log
 from .sft import PLATEAU, Run, check_settings, make_checkpoints
 from .sft import run_config, run_scores, save_final, step_of
 from .sft import with_adapter, with_question
@@ -489,7 +489,8 @@ def val_row(
     for source in ("boxes", "parts"):
         names = dict.fromkeys(k for r in rows for k in r.get(source) or ())
         for name in names:
-            row[f"val_{name}"] = _mean((r.get(source) or {}).get(name) for r in rows)
+            key = f"val_{name}" if row.get(f"val_{name}") is None else f"val_rewards/{name}"
+            row[key] = _mean((r.get(source) or {}).get(name) for r in rows)
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -560,7 +561,7 @@ def write_rollouts(
     "Add groups to the file of a run; small copies of their pictures are kept once."
     text, folder = "", Path(folder)
     for row in rows:
-        kept = [_keep_picture(image, folder) for image in row["images"]]
+        kept = [keep_picture(image, folder) for image in row["images"]]
         row = dict(step=step, family=family) | row | dict(images=kept)
         text += json.dumps(row, ensure_ascii=False) + "\n"
     path = _rollout_file(folder)

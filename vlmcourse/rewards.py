@@ -70,7 +70,8 @@ def _known(record):
     said = record["messages"][-1]["role"] == "assistant"
     has_truth = said or record.get("answer") is not None
     known["answer"] = true_answer(record) if has_truth else None
-    return {**known, "task": task_of(record), "prompts": _prompt(record)}
+    if known.get("task") is None: known["task"] = task_of(record)  # else it is the user's
+    return {**known, "prompts": _prompt(record)}
 
 def to_columns(
     records:list, # one record per question

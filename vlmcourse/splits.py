@@ -335,6 +335,9 @@ def _count_unsaid(records, family, losses):
             if x1 == x2 or y1 == y2: losses.add("box too small for the model", place)
             for name in thing.get("attributes", {}):
                 losses.add("attribute not in the answer", f"{place}, {name}")
+            if thing.get("occluded"): losses.add("occluded not in the answer", place)
+        if record["meta"].get("subset", "default").lower() != "default":
+            losses.add("subset", f"{record['id']}: {record['meta']['subset']}")
 
 # %% ../nbs/02e_splits.ipynb #15e3a8e2
 def _free_folder(output_dir):

@@ -119,8 +119,8 @@ def lost_parts(
     if kind == "grpo" and taken: taken.append("solution")  # holds the answer there
     own = ("images", "messages", *OWN[kind])
     left = [key for key in record if key not in own and _filled(record[key])]
-    lost = [key for key in left
-            if (key in taken if extra is None else key not in extra)]
+    lost = [key for key in left if key == "rejected_images"  # they are not copied
+            or (key in taken if extra is None else key not in extra)]
     if format == "swift":
         keys = {key for one in record.get("objects") or [] for key in one}
         lost += [f"objects.{k}" for k in sorted(keys - {"bbox", "label", "image_id"})]
@@ -429,9 +429,11 @@ class Format(NamedTuple):
     to_row: object   # record -> row
     from_row: object # row -> record
 
+def _own(record): return {k: v for k, v in record.items() if k != "rejected_images"}
+
 _ALL = tuple(KINDS)
 FORMATS = {
-    "records": Format(".json", _ALL, dict, _columns),
+    "records": Format(".json", _ALL, _own, _columns),
     "trl": Format(".jsonl", _ALL, to_trl, from_trl),
     "trl-messages": Format(".jsonl", ("sft",), to_trl_messages, from_trl),
     "llamafactory": Format(".json", _ALL[:3], to_llamafactory, from_llamafactory),
@@ -702,7 +704,9 @@ def _registered(format, kind, folder, name, file, n):
     if not isinstance(known, dict): raise ValueError(f"{path} is not a register: it holds "
         f"a {type(known).__name__}, and names with their entries are wanted. Move it away, "
         "or choose another output_dir.")
-    other = known.get(name, entry) != entry or format == "internvl" and known.keys() - {name}
+    there = known.get(name, entry)
+    if "length" in entry and isinstance(there, dict): there = {**there, "length": n}
+    other = there != entry or format == "internvl" and known.keys() - {name}
     if other: raise FileExistsError(f"{path} holds another data set already, and nothing is "
         f"overwritten. Choose another output_dir or name than {name!r}.")
     return path, {**known, name: entry}
@@ -829,14 +833,16 @@ def _looks_like(row, suffix):
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     if any(isinstance(content, list) for content in contents): return "trl-messages"
     if chosen: return "llamafactory"
-    ours = not {"rejected_response", "label", "solution", "image"} & set(row)
-    return "records" if ours and not isinstance(row.get("objects"), dict) else "swift"
+    columns = {"rejected_response", "rejected_messages", "label", "solution", "image"}
+    if "rejected" not in row: columns.add("rejected_images")
+    ours = not columns & set(row) and not isinstance(row.get("objects"), dict)
+    return "records" if ours else "swift"
 
 def _recognise(rows, path):
-    "The format of the first row that is recognised."
+    "The format of the rows; a plain row of ms-swift looks like a record of ours."
     objects = [row for row in rows if isinstance(row, dict)]
-    for row in objects:
-        if name := _looks_like(row, path.suffix): return name
+    names = [name for row in objects if (name := _looks_like(row, path.suffix))]
+    if names: return "swift" if "swift" in names else names[0]
     seen = ", ".join(objects[0]) if objects else "no objects {...}"
     raise ValueError(f"{path}: no format is recognised. The rows have: "
         f"{seen or 'nothing'}. If it is one of {', '.join(FORMATS)}, say so: format=.")
