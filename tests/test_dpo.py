@@ -307,7 +307,7 @@ BAD = [
     ("bad answer", dict(GOOD, chosen=7)), ("bad answer", dict(GOOD, chosen=[dict(role="user", content="Why?")])),
     ("different prompts", dict(images=[], chosen=turns("Why?", "so"), rejected=turns("How?", "no"))),
     ("different prompts", dict(GOOD, chosen=turns("How?", "so"))),
-    ("identical answers", dict(GOOD, rejected="because ")), ("mark in an answer", dict(GOOD, rejected="<image> no")),
+    ("identical answers", dict(GOOD, rejected="because ")), ("mark in an answer", dict(GOOD, rejected="<image> no")), ("half a character", dict(GOOD, chosen="A vase \ud83c.")),
     ("question not last", dict(GOOD, messages=turns("Why?", "so"))),
     ("picture not found", dict(GOOD, images=["nowhere.png"])), ("picture not found", dict(GOOD, images=["a.png"], rejected_images=["nowhere.png"])),
     ("marks and pictures differ", dict(GOOD, images=["a.png"], rejected_images=["a.png", "a.png"])),
@@ -340,8 +340,8 @@ def test_all_bad_pairs_are_counted_together(folder):
     report = check_pairs(folder / "pairs.json")
     want = defaultdict(int)
     for reason, _ in BAD: want[reason] += 1
-    assert report.counts == want and "25 pairs, 22 with problems" in repr(report)
-    with pytest.raises(ValueError, match="22 of 25 pairs"): read_pairs(folder / "pairs.json")
+    assert report.counts == want and "26 pairs, 23 with problems" in repr(report)
+    with pytest.raises(ValueError, match="23 of 26 pairs"): read_pairs(folder / "pairs.json")
     for data, words in (([], "no pairs"), (folder / "none.json", "none.json")):
         with pytest.raises((ValueError, FileNotFoundError), match=words): read_pairs(data)
 

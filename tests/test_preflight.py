@@ -1,4 +1,6 @@
 "The estimate of memory against what really is kept, for both families, and odd settings."
+import json
+
 import pytest
 import torch
 
@@ -124,3 +126,21 @@ def test_no_signal_equals_counting():
     with torch.random.fork_rng():
         torch.manual_seed(0); right = (torch.rand(100_000, 4) < .3).sum(1)
     assert no_signal(.3, 4) == pytest.approx(((right == 0) | (right == 4)).float().mean().item(), abs=.01)
+
+
+def test_a_question_that_stands_only_in_the_answers(tmp_path):
+    "The form of TRL: chosen and rejected are whole conversations; files count from the data file's folder."
+    ask, say = (lambda role: lambda text: dict(role=role, content=text))("user"), lambda text: dict(role="assistant", content=text)
+    RECORDS[0]["images"][0].save(tmp_path/"a.png")
+    row = dict(images=["a.png"], chosen=[ask("<image>Which vase?"), say("red")], rejected=[ask("<image>Which vase?"), say("blue")])
+    (tmp_path/"pairs.jsonl").write_text("".join(json.dumps({**row, "id": str(i)})+"\n" for i in range(9)))
+    report = check_run(tmp_path/"pairs.jsonl", device="cpu")
+    assert report.ok and report.rows[0] == ("records", "pass", "9 without a fault; check_pairs (lesson 15) compares the answers of pairs")
+    report = check_run([{**row, "images": RECORDS[0]["images"], "rejected": []}], device="cpu")
+    assert report.rows[0][1] == "fail" and "1 of 1 have no answer" in report.rows[0][2]
+
+
+@pytest.mark.parametrize("groups, verdict", [(0, "warn"), (4, "fail")])
+def test_rewards_stop_at_an_object_without_a_box(groups, verdict):
+    report = check_run([{**RECORDS[0], "objects": [dict(label="vase", bbox=[1, 2, 3])]}], num_generations=groups, device="cpu")
+    assert report.rows[0][1] == verdict and "bad object" in report.rows[0][2]

@@ -22,6 +22,7 @@ from .boxes import Html, picture_html
 from .core import set_seed
 from .evaluate import Table, paired_gain, wilson
 from vlmcourse.formats import (
+    HALF_CHARACTER,
     IMAGE_MARK,
     REMEDIES,
     RecordReport,
@@ -283,6 +284,8 @@ def _check_sides(row):
     for name, text in zip(SIDES, (chosen, rejected)):
         if not text.strip():
             found.append(("empty answer", f"{name} is {text!r}"))
+        if HALF_CHARACTER.search(text):
+            found.append(("half a character", f"{name} has one: {text[:60]!r}"))
         if IMAGE_MARK in text:
             found.append(("mark in an answer", f"{name} has one"))
     one_picture = row.get("rejected_images") in (None, row.get("images"))

@@ -12,7 +12,7 @@ import torch
 
 from .core import pick_device
 from .evaluate import Table
-from .formats import RecordReport, check_records, read_records
+from .formats import RecordReport, check_records, read_records, read_rows
 from .loop import count_steps
 from .lora import add_lora, count_trainable
 from .vlm import encode, find_model, quiet_transformers
@@ -222,7 +222,7 @@ def memory_bytes(
                 optimizer=8 * trained, activations=kept)
 
 # %% ../nbs/13e_preflight.ipynb #5e1f0c31
-HARMLESS = ("id used twice", "bad object", "box outside the picture")  # no training stops at them
+HARMLESS = ("id used twice", "bad object", "box outside the picture")  # SFT and DPO do not stop at them
 
 
 def _said(side):
@@ -240,11 +240,25 @@ def _answers(record):
     both = [{**record, "messages": [*turns, dict(role="assistant", content=text)]} for text in sides]
     return both if all(sides) else []
 
+# %% ../nbs/13e_preflight.ipynb #5d0c1c71
+def _with_questions(data):
+    "The data; a pair whose question stands only in `chosen` gets it as messages."
+    rows, folder, _ = read_rows(data)
+    asked = lambda row: (isinstance(row, dict) and not row.get("messages") and isinstance(row.get("chosen"), list)
+                         and row["chosen"][:-1])
+    if not any(map(asked, rows)):
+        return data
+    place = lambda image: str(folder / image) if folder and isinstance(image, str) else image
+    at_home = lambda row: {**row, "images": [place(image) for image in row.get("images") or []]}
+    return [{**at_home(row), "messages": turns} if (turns := asked(row)) else at_home(row) for row in rows]
+
 
 def _check_data(data, groups):
     "(records, the first rows of the table); no records when they cannot be used."
+    data = _with_questions(data)
     report = check_records(data, answers=False)
-    stop, go = ([p for p in report.problems if (p[1] in HARMLESS) == mild] for mild in (False, True))
+    mild = [reason for reason in HARMLESS if not (groups and reason == "bad object")]  # rewards read objects
+    stop, go = ([p for p in report.problems if (p[1] in mild) == harmless] for harmless in (False, True))
     show = lambda problems: repr(RecordReport(report.source, report.total, problems))
     if stop:
         return [], [("records", "fail", show(stop))]
@@ -253,7 +267,8 @@ def _check_data(data, groups):
     if bad:
         return [], [("records", "fail", f"{len(bad)} of {len(records)} have no answer, the first is record {bad[0]}; SFT needs "
                      "an answer, DPO chosen and rejected, and GRPO only a question: give num_generations")]
-    return records, [("records", "warn", show(go)) if go else ("records", "pass", f"{len(records)} without a fault")]
+    pairs = "; check_pairs (lesson 15) compares the answers of pairs" * (not groups and any("chosen" in r for r in records))
+    return records, [("records", "warn", show(go)) if go else ("records", "pass", f"{len(records)} without a fault{pairs}")]
 
 # %% ../nbs/13e_preflight.ipynb #b1d02f79
 def check_run(

@@ -349,7 +349,7 @@ def validation_loss(
             loss, n = sft_loss(model, make_batch(model, part, pad))
             total, count = total + loss.item(), count + n
     model.train(was)
-    total, count = (team or Team()).add(total, count)
+    total, count = (team or Team(model.device.type == "cpu")).add(total, count)
     return total / count
 
 
