@@ -123,6 +123,7 @@ def test_pairs_must_be_ids_of_these_records():
     a, b, c = (r["id"] for r in records[:3])
     for together, says in (([("gone", "away")], "names 'gone', and no record"), ([(a, b, c)], "list of pairs"), ((a, b), "list of pairs"), ([a + b], "list of pairs")):
         with pytest.raises(ValueError, match=says): split_records(records, together=together)
+    with pytest.warns(UserWarning, match="of other records .1, the first is 'gone'"): split_records(records, together=[(a, "gone")])
     for seed in range(8):                                        # pairs that can be read only once
         parts = split_records(records, val=.4, seed=seed, together=zip([a], [b]))
         assert len({name for name, part in parts.items() for r in part if r["id"] in (a, b)}) == 1
@@ -134,7 +135,8 @@ def test_leaks_between_two_lists_may_be_named_when_one_is_split(unrelated):
     other = [dict(id=f"bench{i}", images=[im.copy()]) for i, im in enumerate([unrelated[0], unrelated[9], unrelated[9]])]
     ids = find_leaks({"mine": mine, "benchmark": other}).ids
     assert {frozenset(p) for p in ids} == {frozenset(p) for p in (("m0", "bench0"), ("m1", "twin"), ("bench1", "bench2"))}
-    assert split_records(mine, val=.3, together=ids) == split_records(mine, val=.3, together=[("m1", "twin")])
+    with pytest.warns(UserWarning, match="of other records .3, the first is 'bench"): parts = split_records(mine, val=.3, together=ids)
+    assert parts == split_records(mine, val=.3, together=[("m1", "twin")])
 
 
 def test_a_rare_label_is_in_training_first():

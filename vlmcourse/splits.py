@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _checked(records, name):
     return records
 
 def _check_together(together, records):
-    "Stop at what is no pair of ids, and when no id in it is one of these records."
+    "Stop at what is no pair of ids, and when no id in it is one of these records; count others."
     for pair in together:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"together holds {pair!r}; it is a list of pairs of ids, such "
@@ -112,6 +113,10 @@ def _check_together(together, records):
     if together and not any(i in known for pair in together for i in pair):
         raise ValueError(f"together names {together[0][0]!r}, and no record has this id, "
             "nor any other id in it. Give ids of the records that are split.")
+    strange = [i for pair in together for i in pair if i not in known]
+    if strange: warnings.warn(f"together names ids of other records ({len(strange)}, the first "
+        f"is {strange[0]!r}). Their pairs keep nothing together here: right for a benchmark, "
+        "wrong for a mistyped id.", stacklevel=3)
 
 # %% ../nbs/02e_splits.ipynb #781ba1e1
 def _sizes(n, val, test):
